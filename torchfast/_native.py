@@ -1,0 +1,25 @@
+"""Loads the compiled extension ``torchfast._C`` and keeps the reason when it cannot."""
+
+from __future__ import annotations
+
+import os
+
+_HOW_TO_BUILD = "build it with: pip install --no-build-isolation torchfast (needs g++)"
+
+
+def _load() -> str | None:
+    if os.environ.get("TORCHFAST_DISABLE_NATIVE", "0") not in ("", "0"):
+        return "disabled by TORCHFAST_DISABLE_NATIVE"
+    try:
+        import torchfast._C  # noqa: F401  (importing registers the native kernels)
+    except ModuleNotFoundError as error:
+        if error.name != "torchfast._C":
+            raise
+        return f"this installation has no compiled extension; {_HOW_TO_BUILD}"
+    except ImportError as error:
+        return f"the compiled extension cannot be loaded: {error}"
+    return None
+
+
+#: None when the native kernels are registered, else why they are not.
+unavailable_reason: str | None = _load()
