@@ -1,0 +1,109 @@
+// What every op's native code shares: function multiversioning, positions of a tensor that are
+// walked together, work sharing, huge pages.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+// One function, compiled for AVX-512, AVX2+FMA and the baseline, chosen when the module loads.
+#if defined(__x86_64__) && defined(__linux__) && !defined(TORCHFAST_NO_CLONES)
+#define TORCHFAST_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define TORCHFAST_CLONES
+#endif
+// Helpers of a cloned function must be inlined into it to take its instruction set.
+#define TORCHFAST_INLINE inline __attribute__((always_inline))
+
+namespace torchfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGrainElements = 32768;  // less than this is not worth waking a thread
+
+// Positions (all dimensions but one) of up to three tensors of one shape, in logical order.
+// Neighbouring dimensions that every tensor can walk with one stride are merged.
+class Positions {
+ public:
+  Positions(const Tensor& shape_of, int64_t skip_dim, std::array<const Tensor*, 3> tensors) {
+    auto sizes = shape_of.sizes();
+    for (int64_t d = 0; d < static_cast<int64_t>(sizes.size()); ++d) {
+      count_ *= d == skip_dim ? 1 : sizes[d];
+      if (d == skip_dim || sizes[d] == 1) continue;
+      Dim dim{sizes[d], {}};
+      for (int k = 0; k < 3; ++k) dim.stride[k] = tensors[k] ? tensors[k]->stride(d) : 0;
+      bool merge = !dims_.empty();
+      for (int k = 0; merge && k < 3; ++k)
+        merge = dims_.back().stride[k] == dim.stride[k] * dim.size;
+      if (merge) {
+        dim.size *= dims_.back().size;
+        dims_.back() = dim;
+      } else {
+        dims_.push_back(dim);
+      }
+    }
+    if (dims_.empty()) dims_.push_back({1, {}});
+  }
+
+  int64_t count() const { return count_; }
+  int64_t inner_stride(int k) const { return dims_.back().stride[k]; }
+
+  // Element offset of position i in tensor k.
+  int64_t offset(int64_t i, int k) const {
+    int64_t result = 0;
+    for (size_t d = dims_.size(); d-- > 1; i /= dims_[d].size)
+      result += (i % dims_[d].size) * dims_[d].stride[k];
+    return result + i * dims_[0].stride[k];
+  }
+
+  // Whether positions i .. i+n-1 lie at one constant stride.
+  bool is_run(int64_t i, int64_t n) const {
+    return dims_.size() == 1 || i % dims_.back().size + n <= dims_.back().size;
+  }
+
+ private:
+  struct Dim {
+    int64_t size;
+    std::array<int64_t, 3> stride;
+  };
+  std::vector<Dim> dims_;
+  int64_t count_ = 1;
+};
+
+// f(block) for each of `blocks`, each of about `elements` elements of work. Sums kept per block
+// do not depend on the number of threads.
+template <class F>
+void for_each_block(int64_t blocks, int64_t elements, const F& f) {
+  int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) f(block);
+  });
+}
+
+// A fresh 262 MB output faults 64,000 small pages, half the time of a loss and its gradient.
+// Under transparent_hugepage=madvise (the default of many systems) it must be asked for.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  if (bytes < int64_t(4 * kHuge)) return;
+  auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  auto end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace torchfast
