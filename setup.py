@@ -79,7 +79,7 @@ def native_build() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         problem = f"torch cannot be imported here ({error})"
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX", "c++")
     if problem is None and shutil.which(shlex.split(compiler)[0]) is None:
         problem = f"there is no C++ compiler ({compiler})"
     if problem is not None:
@@ -108,6 +108,7 @@ def native_build() -> dict:
         sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").rglob("*.cpp")),
         depends=sorted(str(p.relative_to(HERE)) for s in ("*.h", "*.cu") for p in (HERE / "csrc").rglob(s)),
         define_macros=list(macros.items()),
+        include_dirs=[str(HERE / "csrc")],
         extra_compile_args=flags.split(),
         extra_link_args=["-Wl,-s"],
     )

@@ -1,4 +1,4 @@
-// What every op's native code shares: function multiversioning, positions of a tensor that are
+// What every op's native code shares: the choice of instruction set, positions of a tensor that are
 // walked together, work sharing, huge pages.
 #pragma once
 
@@ -10,26 +10,42 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
+#include <string>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-// One function, compiled for AVX-512, AVX2+FMA and the baseline, chosen when the module loads.
-#if defined(__x86_64__) && defined(__linux__) && !defined(TORCHFAST_NO_CLONES)
-#define TORCHFAST_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TORCHFAST_CLONES
-#endif
-// Helpers of a cloned function must be inlined into it to take its instruction set.
 #define TORCHFAST_INLINE inline __attribute__((always_inline))
 
 namespace torchfast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The widest instruction set of this machine that foreach_isa.h compiles for; TORCHFAST_ISA in the
+// environment asks for less.
+inline Isa isa() {
+  static const Isa best = [] {
+    const char* asked = std::getenv("TORCHFAST_ISA");
+    std::string limit = asked ? asked : "avx512";
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("bmi2");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+    if (avx512 && limit == "avx512") return Isa::avx512;
+    if (avx2 && limit != "baseline") return Isa::avx2;
+#endif
+    return Isa::baseline;
+  }();
+  return best;
+}
 
 constexpr int64_t kGrainElements = 32768;  // less than this is not worth waking a thread
 

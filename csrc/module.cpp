@@ -1,24 +1,13 @@
 // torchfast._C: what this binary holds. The kernels register themselves when it loads.
 #include <pybind11/pybind11.h>
 
-#include <string>
+#include "common.h"
 
 #ifdef TORCHFAST_WITH_CUDA
 extern "C" const char* torchfast_cuda_probe(int device, int* arch);
 #endif
 
 namespace py = pybind11;
-
-static std::string simd_level() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-  return "sse2";
-#else
-  return "baseline";
-#endif
-}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of torchfast; importing it registers them.";
@@ -29,7 +18,9 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = TORCHFAST_COMPILER;
         info["built_with_torch"] = TORCHFAST_BUILT_WITH_TORCH;
         info["cuda_archs"] = TORCHFAST_CUDA_ARCHS;
-        info["simd"] = simd_level();
+        auto isa = torchfast::isa();
+        using torchfast::Isa;
+        info["simd"] = isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
         return info;
       },
       "Compiler, torch version, CUDA architectures ('' without CUDA) and this machine's SIMD level.");

@@ -1,8 +1,8 @@
-// The portable SIMD vector: 64 bytes of GCC/Clang vector extension, which the compiler lowers to
-// the instruction set of the function it is inlined into (16 AVX-512 floats, 2 x 8 AVX2, 4 x 4).
-// Loops that GCC vectorises by itself took 3.5 times as long as these (2048 x 32000 softmax).
-#pragma once
-
+// The portable SIMD vector: TORCHFAST_VECTOR_BYTES of GCC/Clang vector extension, one register of the
+// instruction set that foreach_isa.h is compiling for. Loops that GCC vectorises by itself took 3.5
+// times as long as these (2048 x 32000 softmax).
+//
+// No include guard: the contents are compiled once per instruction set, in its namespace.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -10,7 +10,8 @@
 
 #include "common.h"
 
-namespace torchfast {
+namespace torchfast::TORCHFAST_ISA {
+namespace {
 
 struct bf16 {
   uint16_t bits;
@@ -23,24 +24,26 @@ template <class R>
 struct Simd;
 template <>
 struct Simd<float> {
-  typedef float V __attribute__((vector_size(64)));
-  typedef int32_t I __attribute__((vector_size(64)));
-  static constexpr int lanes = 16;
-  static constexpr I iota{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  typedef float V __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
+  using Int = int32_t;
+  static constexpr int lanes = TORCHFAST_VECTOR_BYTES / 4;
 };
 template <>
 struct Simd<double> {
-  typedef double V __attribute__((vector_size(64)));
-  typedef int64_t I __attribute__((vector_size(64)));
-  static constexpr int lanes = 8;
-  static constexpr I iota{0, 1, 2, 3, 4, 5, 6, 7};
+  typedef double V __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
+  using Int = int64_t;
+  static constexpr int lanes = TORCHFAST_VECTOR_BYTES / 8;
 };
 template <class R>
 using Vec = typename Simd<R>::V;
 template <class R>
 using IntVec = typename Simd<R>::I;
-typedef uint16_t HalfBits __attribute__((vector_size(32)));
-typedef uint32_t WordBits __attribute__((vector_size(64)));
+template <class R>
+using Int = typename Simd<R>::Int;
+typedef uint16_t HalfBits __attribute__((vector_size(TORCHFAST_VECTOR_BYTES / 2)));
+typedef uint32_t WordBits __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
 
 template <class To, class From>
 TORCHFAST_INLINE To bit_cast(const From& from) {
@@ -123,8 +126,8 @@ TORCHFAST_INLINE void store_first(T* p, Vec<R> v, int64_t n) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
-// body(index, lane mask, load, store) over n elements; `mask` is all ones but in a partial vector.
-// Four vectors a step: body is told which of four accumulators is its own.
+// body(index, accumulator, count) over n elements, four vectors a step, each with an accumulator of its
+// own. `count` is a compile-time constant but for the partial vector at the end.
 template <class R, class Body>
 TORCHFAST_INLINE void for_each_vec(int64_t n, const Body& body) {
   constexpr int L = Simd<R>::lanes;
@@ -159,9 +162,8 @@ TORCHFAST_INLINE void store_n(T* p, Vec<R> v, Count n) {
 template <class R, class Count>
 TORCHFAST_INLINE Vec<R> only_n(Vec<R> v, Count n, R other) {
   if constexpr (std::is_same_v<Count, int64_t>)
-    return Simd<R>::iota < static_cast<decltype(Simd<R>::iota[0] + 0)>(n) ? v : splat<R>(other);
-  else
-    return v;
+    for (int64_t i = n; i < Simd<R>::lanes; ++i) v[i] = other;
+  return v;
 }
 
 template <class R>
@@ -261,16 +263,17 @@ TORCHFAST_INLINE Vec<float> tanh(Vec<float> x) {
 
 // Double precision is for checking, not for speed: these go through libm, lane by lane.
 TORCHFAST_INLINE Vec<double> log_positive(Vec<double> x) {
-  for (int i = 0; i < 8; ++i) x[i] = std::log(x[i]);
+  for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = std::log(x[i]);
   return x;
 }
 TORCHFAST_INLINE Vec<double> log1p_nonnegative(Vec<double> x) {
-  for (int i = 0; i < 8; ++i) x[i] = std::log1p(x[i]);
+  for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = std::log1p(x[i]);
   return x;
 }
 TORCHFAST_INLINE Vec<double> tanh(Vec<double> x) {
-  for (int i = 0; i < 8; ++i) x[i] = std::tanh(x[i]);
+  for (int i = 0; i < Simd<double>::lanes; ++i) x[i] = std::tanh(x[i]);
   return x;
 }
 
-}  // namespace torchfast
+}  // namespace
+}  // namespace torchfast::TORCHFAST_ISA

@@ -15,9 +15,26 @@
 #include <tuple>
 
 #include "../common.h"
-#include "../vec.h"
 
+#ifndef TORCHFAST_FILE
 namespace torchfast {
+namespace {
+struct Arguments {
+  Tensor logits, target;
+  std::optional<Tensor> weight, alpha, sample_weight;
+  int64_t ignore_index, reduction;
+  double label_smoothing, gamma, z_loss, softcap, logit_scale;
+  bool empty_zero;
+  bool transformed() const { return softcap != 0 || logit_scale != 1; }
+};
+}  // namespace
+}  // namespace torchfast
+#endif
+
+#define TORCHFAST_FILE "cpu/cross_entropy.cpp"
+#include "../foreach_isa.h"
+
+namespace torchfast::TORCHFAST_ISA {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // elements of a row that stay in L1 between its two passes
@@ -27,13 +44,6 @@ constexpr int64_t kTileElements = 8192;
 // What u_c, the weighted target distribution, looks like along a row (the index target's own
 // (1-e) w_t a_t is added apart).
 enum class U { none, uniform, classes, probs };
-
-struct Options {
-  int64_t ignore_index, reduction;
-  double label_smoothing, gamma, z_loss, softcap, logit_scale;
-  bool empty_zero;
-  bool transformed() const { return softcap != 0 || logit_scale != 1; }
-};
 
 // ---- Per-lane mathematics --------------------------------------------------------------------
 
@@ -67,21 +77,21 @@ TORCHFAST_INLINE Focal<R> focal_terms(Vec<R> d, Vec<R> e, Vec<R> rest, Vec<R> lo
 // ---- Rows ------------------------------------------------------------------------------------
 
 template <class R, class T>
-TORCHFAST_CLONES void widen(const T* x, R* z, int64_t n) {
+void widen(const T* x, R* z, int64_t n) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
     store_n<R>(z + i, load_n<R>(x + i, count), count);
   });
 }
 
 template <class R, class T>
-TORCHFAST_CLONES void narrow(const R* g, T* out, int64_t n) {
+void narrow(const R* g, T* out, int64_t n) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
     store_n<R>(out + i, load_n<R>(g + i, count), count);
   });
 }
 
 template <class R>
-TORCHFAST_CLONES void transform(R* z, int64_t n, R scale, R softcap) {
+void transform(R* z, int64_t n, R scale, R softcap) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
     Vec<R> v = load_n<R>(z + i, count) * scale;
     if (softcap != 0) v = tanh(v / softcap) * softcap;
@@ -90,7 +100,7 @@ TORCHFAST_CLONES void transform(R* z, int64_t n, R scale, R softcap) {
 }
 
 template <class R>
-TORCHFAST_CLONES void transform_gradient(R* g, const R* z, int64_t n, R scale, R softcap) {
+void transform_gradient(R* g, const R* z, int64_t n, R scale, R softcap) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
     Vec<R> v = load_n<R>(g + i, count) * scale;
     if (softcap != 0) {
@@ -102,7 +112,7 @@ TORCHFAST_CLONES void transform_gradient(R* g, const R* z, int64_t n, R scale, R
 }
 
 template <class R>
-TORCHFAST_CLONES R chunk_max(const R* z, int64_t n) {
+R chunk_max(const R* z, int64_t n) {
   constexpr R lowest = -std::numeric_limits<R>::infinity();
   Vec<R> max[4] = {splat(lowest), splat(lowest), splat(lowest), splat(lowest)};
   for_each_vec<R>(n, [&](int64_t i, int k, auto count) __attribute__((always_inline)) {
@@ -115,7 +125,7 @@ TORCHFAST_CLONES R chunk_max(const R* z, int64_t n) {
 }
 
 template <class R>
-TORCHFAST_CLONES int64_t chunk_count(const R* z, int64_t n, R value) {
+int64_t chunk_count(const R* z, int64_t n, R value) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) count += z[i] == value;
   return count;
@@ -138,7 +148,7 @@ struct Sums {
 };
 
 template <class R, U kind>
-TORCHFAST_CLONES Sums chunk_sums(const R* z, const R* classes, const R* probs, R keep, R uniform,
+Sums chunk_sums(const R* z, const R* classes, const R* probs, R keep, R uniform,
                                  R m, int64_t n) {
   Vec<R> rest[4] = {}, us[4] = {}, ud[4] = {};
   for_each_vec<R>(n, [&](int64_t i, int k, auto count) __attribute__((always_inline)) {
@@ -165,7 +175,7 @@ struct FocalSums {
 };
 
 template <class R, U kind>
-TORCHFAST_CLONES FocalSums<R> chunk_focal(const R* z, const R* classes, const R* probs, R keep,
+FocalSums<R> chunk_focal(const R* z, const R* classes, const R* probs, R keep,
                                           R uniform, R m, R rest, R log1p_rest, R gamma,
                                           int64_t n) {
   Vec<R> loss{}, u_psi{};
@@ -181,7 +191,7 @@ TORCHFAST_CLONES FocalSums<R> chunk_focal(const R* z, const R* classes, const R*
 
 // g_j = upstream * (u_j psi_j) + per_exp * exp(z_j - m)
 template <class R, U kind, bool focal>
-TORCHFAST_CLONES void chunk_gradient(const R* z, R* g, const R* classes, const R* probs, R keep,
+void chunk_gradient(const R* z, R* g, const R* classes, const R* probs, R keep,
                                      R uniform, R m, R rest, R log1p_rest, R gamma, R upstream,
                                      R per_exp, int64_t n) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
@@ -206,7 +216,7 @@ TORCHFAST_CLONES void chunk_gradient(const R* z, R* g, const R* classes, const R
 template <class R>
 struct TileRow {  // per position, `width` of each
   R *m, *rest, *u_psi, *loss, *own_u, *upstream;
-  decltype(Simd<R>::iota[0] + 0)* target;  // -1: none
+  Int<R>* target;  // -1: none
 };
 
 template <class R>
@@ -220,12 +230,12 @@ template <class R>
 TORCHFAST_INLINE Vec<R> tile_u(const TileU<R>& u, const TileRow<R>& row, int64_t c, int64_t width,
                                int64_t i, IntVec<R> target, Vec<R> own_u) {
   if (u.probs) return (load<R>(u.probs + c * width + i) * u.keep + u.uniform) * u.classes[c];
-  return u.classes[c] + (target == decltype(target[0] + 0)(c) ? own_u : splat<R>(0));
+  return u.classes[c] + (target == Int<R>(c) ? own_u : splat<R>(0));
 }
 
 // dense: u has more than the index target's own class.
 template <class R, bool dense, bool focal>
-TORCHFAST_CLONES void tile_forward(const R* z, const TileU<R>& tile, const TileRow<R>& row,
+void tile_forward(const R* z, const TileU<R>& tile, const TileRow<R>& row,
                                    int64_t classes, int64_t width, R gamma, R z_loss) {
   constexpr int L = Simd<R>::lanes;
   for (int64_t i = 0; i < width; i += L) {
@@ -244,7 +254,7 @@ TORCHFAST_CLONES void tile_forward(const R* z, const TileU<R>& tile, const TileR
         Vec<R> d = load<R>(z + c * width + i) - m;
         part += d == 0 ? splat<R>(0) : exp_nonpositive(d);
         ties += d == 0 ? splat<R>(1) : splat<R>(0);
-        own_d = target == decltype(target[0] + 0)(c) ? d : own_d;
+        own_d = target == Int<R>(c) ? d : own_d;
       }
       rest += part;
     }
@@ -288,7 +298,7 @@ TORCHFAST_CLONES void tile_forward(const R* z, const TileU<R>& tile, const TileR
 
 // z becomes the gradient with respect to z.
 template <class R, bool dense, bool focal>
-TORCHFAST_CLONES void tile_backward(R* z, const TileU<R>& tile, const TileRow<R>& row,
+void tile_backward(R* z, const TileU<R>& tile, const TileRow<R>& row,
                                     int64_t classes, int64_t width, R gamma, R z_loss, R scale,
                                     R softcap) {
   constexpr int L = Simd<R>::lanes;
@@ -310,10 +320,10 @@ TORCHFAST_CLONES void tile_backward(R* z, const TileU<R>& tile, const TileRow<R>
       Vec<R> e = exp_nonpositive(d);
       Vec<R> g = e * per_exp;
       if constexpr (!dense) {
-        g += target == decltype(target[0] + 0)(c) ? own : splat<R>(0);
+        g += target == Int<R>(c) ? own : splat<R>(0);
       } else {
         Vec<R> u = tile_u<R>(tile, row, c, width, i, target, splat<R>(0)) * upstream;
-        u += target == decltype(target[0] + 0)(c) ? own_u : splat<R>(0);
+        u += target == Int<R>(c) ? own_u : splat<R>(0);
         if constexpr (focal) {
           auto f = focal_terms<R>(d, e, rest, log1p_rest, gamma);
           g += u == 0 ? u : u * f.psi;
@@ -371,32 +381,37 @@ Tensor as_contiguous(const Tensor& x, ScalarType dtype) {
   return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
+// Memory of one tile, per thread.
+template <class R>
+struct TileBuffers {
+  TileBuffers(int64_t classes, int64_t width, bool probs)
+      : z(classes * width), y(probs ? classes * width : 0), rows(6 * width), target(width) {
+    R* p = rows.data();
+    row = {p, p + width, p + 2 * width, p + 3 * width, p + 4 * width, p + 5 * width, target.data()};
+  }
+  std::vector<R> z, y, rows;
+  std::vector<Int<R>> target;
+  TileRow<R> row;
+};
+
 // The arguments both passes share, in the form the kernels read.
 template <class T, class R>
 struct Problem {
-  Problem(const Tensor& logits_, const Tensor& target_, const std::optional<Tensor>& weight_,
-          const std::optional<Tensor>& alpha_, const std::optional<Tensor>& sample_weight_,
-          const Options& options_, const Tensor* gradient_)
-      : options(options_),
-        logits(logits_),
-        class_dim(logits_.dim() == 1 ? 0 : 1),
-        classes(logits_.size(class_dim)),
-        probabilities(is_float(target_.scalar_type())),
-        target(probabilities
-                   ? (readable(target_.scalar_type()) ? target_
-                                                      : torch::stable::to(target_, real_type<R>))
-                   : torch::stable::contiguous(index_dtype(target_))),
-        positions(logits, class_dim,
-                  {&logits, probabilities ? &target : nullptr, gradient_ ? gradient_ : nullptr}) {
-    check(target_, weight_, alpha_, sample_weight_);
-    keep = R(1 - options.label_smoothing);
-    uniform = R(options.label_smoothing / classes);
-    bool weighted = weight_ || alpha_;
-    R base = probabilities ? R(1) : uniform;
-    class_u.assign(classes, base);
-    class_weight.assign(weight_ ? classes : 0, R(1));
-    own.assign(weighted ? classes : 0, keep);
-    for (const auto* source : {&weight_, &alpha_}) {
+  Problem(const Arguments& arguments, const Tensor* gradient)
+      : a(arguments),
+        class_dim(a.logits.dim() == 1 ? 0 : 1),
+        classes(a.logits.size(class_dim)),
+        probabilities(is_float(a.target.scalar_type())),
+        target(readable_target()),
+        positions(a.logits, class_dim, {&a.logits, probabilities ? &target : nullptr, gradient}) {
+    check();
+    keep = R(1 - a.label_smoothing);
+    uniform = R(a.label_smoothing / classes);
+    bool weighted = a.weight || a.alpha;
+    class_u.assign(classes, probabilities ? R(1) : uniform);
+    if (a.weight) class_weight.assign(classes, R(1));
+    if (weighted) own.assign(classes, keep);
+    for (const auto* source : {&a.weight, &a.alpha}) {
       if (!*source) continue;
       Tensor contiguous = as_contiguous(**source, real_type<R>);
       const R* values = static_cast<const R*>(contiguous.const_data_ptr());
@@ -404,61 +419,61 @@ struct Problem {
       for (int64_t c = 0; c < classes; ++c) {
         class_u[c] *= values[c * step];
         own[c] *= values[c * step];
-        if (source == &weight_) class_weight[c] = values[c * step];
+        if (source == &a.weight) class_weight[c] = values[c * step];
       }
     }
-    if (sample_weight_) {
-      sample_weight_tensor = as_contiguous(*sample_weight_, real_type<R>);
+    if (a.sample_weight) {
+      sample_weight_tensor = as_contiguous(*a.sample_weight, real_type<R>);
       sample_weight = static_cast<const R*>(sample_weight_tensor->const_data_ptr());
     }
     if (probabilities)
       kind = U::probs;
-    else if (options.label_smoothing == 0)
+    else if (a.label_smoothing == 0)
       kind = U::none;
     else
       kind = weighted ? U::classes : U::uniform;
-    x = static_cast<const T*>(logits.const_data_ptr());
+    x = static_cast<const T*>(a.logits.const_data_ptr());
     t = target.const_data_ptr();
-    by_rows = classes >= kRowClasses && logits.stride(class_dim) == 1;
+    by_rows = classes >= kRowClasses && a.logits.stride(class_dim) == 1;
     width = std::clamp<int64_t>(kTileElements / classes, 16, 512) / 16 * 16;
     per_block = by_rows ? std::max<int64_t>(1, 16384 / classes) : width;
     blocks = (positions.count() + per_block - 1) / per_block;
   }
 
-  static bool readable(ScalarType dtype) {
-    if constexpr (std::is_same_v<R, double>) return dtype == ScalarType::Double;
-    return dtype != ScalarType::Double;
-  }
-  static Tensor index_dtype(const Tensor& target) {
-    auto dtype = target.scalar_type();
-    bool known = dtype == ScalarType::Long || dtype == ScalarType::Int ||
-                 dtype == ScalarType::Short || dtype == ScalarType::Char ||
-                 dtype == ScalarType::Byte;
-    return known ? target : torch::stable::to(target, ScalarType::Long);
+  // Probabilities as R or half precision, indices as an integer type that load_index reads.
+  Tensor readable_target() const {
+    auto dtype = a.target.scalar_type();
+    if (probabilities) {
+      bool staged = dtype == real_type<R> || (std::is_same_v<R, float> && dtype != ScalarType::Double);
+      return staged ? a.target : torch::stable::to(a.target, real_type<R>);
+    }
+    bool known = dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Short ||
+                 dtype == ScalarType::Char || dtype == ScalarType::Byte;
+    return as_contiguous(a.target, known ? dtype : ScalarType::Long);
   }
 
-  void check(const Tensor& target_, const std::optional<Tensor>& weight_,
-             const std::optional<Tensor>& alpha_, const std::optional<Tensor>& sample_weight_) {
+  void check() const {  // memory safety for direct callers of the op; the messages are the public function's
     int64_t rows = positions.count();
     STD_TORCH_CHECK(classes > 0, "input must have at least one class");
-    STD_TORCH_CHECK(target_.numel() == (probabilities ? logits.numel() : rows) &&
-                        (!probabilities || target_.dim() == logits.dim()),
-                    "target has a wrong number of elements");
-    STD_TORCH_CHECK(!weight_ || weight_->numel() == classes, "weight must have one element a class");
-    STD_TORCH_CHECK(!alpha_ || alpha_->numel() == classes || alpha_->numel() == 1,
+    bool same_shape = a.target.dim() == a.logits.dim();
+    for (int64_t d = 0; same_shape && d < a.logits.dim(); ++d)
+      same_shape = a.target.size(d) == a.logits.size(d);
+    STD_TORCH_CHECK(probabilities ? same_shape : a.target.numel() == rows, "target has a wrong shape");
+    STD_TORCH_CHECK(!a.weight || a.weight->numel() == classes, "weight must have one element a class");
+    STD_TORCH_CHECK(!a.alpha || a.alpha->numel() == classes || a.alpha->numel() == 1,
                     "alpha must have one element, or one a class");
-    STD_TORCH_CHECK(!sample_weight_ || sample_weight_->numel() == rows,
+    STD_TORCH_CHECK(!a.sample_weight || a.sample_weight->numel() == rows,
                     "sample_weight must have one element a row");
-    for (const auto* tensor : {&weight_, &alpha_, &sample_weight_})
+    for (const auto* tensor : {&a.weight, &a.alpha, &a.sample_weight})
       STD_TORCH_CHECK(!*tensor || (*tensor)->is_cpu(), "all tensors must be on the CPU");
-    STD_TORCH_CHECK(target_.is_cpu(), "target must be on the CPU");
+    STD_TORCH_CHECK(a.target.is_cpu(), "target must be on the CPU");
   }
 
   // The index target of position i, or -1 for an ignored row. An illegal one is noted, and ignored.
   int64_t index(int64_t i) {
     if (probabilities) return 0;
     int64_t value = load_index(t, target.scalar_type(), i);
-    if (value == options.ignore_index) return -1;
+    if (value == a.ignore_index) return -1;
     if (value >= 0 && value < classes) return value;
     int64_t seen = first_bad.load(std::memory_order_relaxed);
     while (i < seen && !first_bad.compare_exchange_weak(seen, i)) {
@@ -496,11 +511,11 @@ struct Problem {
     }
   }
   const R* stage_logits(int64_t i, int64_t c, int64_t n, R* buffer) const {
-    int64_t stride = logits.stride(class_dim);
+    int64_t stride = a.logits.stride(class_dim);
     const R* z = stage(x + positions.offset(i, 0) + c * stride, stride, n, buffer);
-    if (options.transformed()) {
+    if (a.transformed()) {
       if (z != buffer) std::copy(z, z + n, buffer);
-      transform<R>(buffer, n, R(options.logit_scale), R(options.softcap));
+      transform<R>(buffer, n, R(a.logit_scale), R(a.softcap));
       return buffer;
     }
     return z;
@@ -541,6 +556,19 @@ struct Problem {
       }
     });
   }
+  // Fills z, y, target and own_u for positions i .. i+n-1.
+  TileU<R> load_tile(TileBuffers<R>& tile, int64_t i, int64_t n) {
+    stage_tile(x, 0, a.logits.stride(class_dim), i, n, tile.z.data());
+    if (a.transformed()) transform<R>(tile.z.data(), classes * width, R(a.logit_scale), R(a.softcap));
+    if (probabilities)
+      with_probs([&](auto* y) { stage_tile(y, 1, target.stride(class_dim), i, n, tile.y.data()); });
+    for (int64_t j = 0; j < width; ++j) {
+      int64_t own_class = j < n ? index(i + j) : -1;
+      tile.row.target[j] = probabilities ? -1 : own_class;
+      tile.row.own_u[j] = own_u(own_class);
+    }
+    return {class_u.data(), probabilities ? tile.y.data() : nullptr, keep, uniform};
+  }
   template <class F>
   void for_each_offset(int k, int64_t i, int64_t n, const F& f) const {
     if (positions.is_run(i, n)) {
@@ -562,8 +590,7 @@ struct Problem {
     });
   }
 
-  Options options;
-  Tensor logits;
+  const Arguments& a;
   int64_t class_dim, classes;
   bool probabilities;
   Tensor target;
@@ -578,19 +605,6 @@ struct Problem {
   bool by_rows;
   int64_t width, per_block, blocks;
   std::atomic<int64_t> first_bad{INT64_MAX};
-};
-
-// Memory of one tile, per thread.
-template <class R>
-struct TileBuffers {
-  TileBuffers(int64_t classes, int64_t width, bool probs)
-      : z(classes * width), y(probs ? classes * width : 0), rows(6 * width), target(width) {
-    R* p = rows.data();
-    row = {p, p + width, p + 2 * width, p + 3 * width, p + 4 * width, p + 5 * width, target.data()};
-  }
-  std::vector<R> z, y, rows;
-  std::vector<decltype(Simd<R>::iota[0] + 0)> target;
-  TileRow<R> row;
 };
 
 template <class F>
@@ -619,18 +633,9 @@ struct RowResult {
   R m, rest, u_psi;
 };
 
-// Elements of a chunk that is -inf throughout (or NaN): exp(z - m) is undefined, the answer is not.
-template <class R>
-void add_impossible(Sums& sums, const R* z, const R* u, R uniform, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) {
-    if (std::isnan(z[c])) sums.rest = NAN;
-    if ((u ? u[c] : uniform) != 0) sums.ud = -INFINITY;
-  }
-}
-
 template <U kind, class T, class R>
 RowResult<R> forward_row(const Problem<T, R>& problem, int64_t i, int64_t target) {
-  const Options& o = problem.options;
+  const Arguments& o = problem.a;
   alignas(64) R z_buffer[kChunk], y_buffer[kChunk];
   R m = -std::numeric_limits<R>::infinity(), z_target = 0;
   double ties = 0;
@@ -703,21 +708,17 @@ RowResult<R> forward_row(const Problem<T, R>& problem, int64_t i, int64_t target
 }
 
 template <class T, class R>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
-                                           const std::optional<Tensor>& weight,
-                                           const std::optional<Tensor>& alpha,
-                                           const std::optional<Tensor>& sample_weight,
-                                           const Options& options) {
-  Problem<T, R> problem(logits, target, weight, alpha, sample_weight, options, nullptr);
+std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& a) {
+  Problem<T, R> problem(a, nullptr);
   int64_t rows = problem.positions.count();
-  bool each = options.reduction == 0;
+  bool each = a.reduction == 0;
   std::vector<int64_t> loss_sizes;
-  for (int64_t d = 0; each && d < logits.dim(); ++d)
-    if (d != problem.class_dim) loss_sizes.push_back(logits.size(d));
+  for (int64_t d = 0; each && d < a.logits.dim(); ++d)
+    if (d != problem.class_dim) loss_sizes.push_back(a.logits.size(d));
   auto dtype = real_type<R>;
-  Tensor loss = torch::stable::new_empty(logits, loss_sizes, dtype);
-  Tensor divisor = torch::stable::new_empty(logits, {}, dtype);
-  Tensor stats = torch::stable::new_empty(logits, {3, rows}, dtype);
+  Tensor loss = torch::stable::new_empty(a.logits, loss_sizes, dtype);
+  Tensor divisor = torch::stable::new_empty(a.logits, {}, dtype);
+  Tensor stats = torch::stable::new_empty(a.logits, {3, rows}, dtype);
   R* loss_out = static_cast<R*>(loss.mutable_data_ptr());
   R* stats_out = static_cast<R*>(stats.mutable_data_ptr());
   std::vector<double> loss_sum(problem.blocks), divisor_sum(problem.blocks);
@@ -749,23 +750,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
     thread_local std::optional<TileBuffers<R>> buffers;
     buffers.emplace(problem.classes, width, problem.probabilities);
     auto& row = buffers->row;
-    problem.stage_tile(problem.x, 0, logits.stride(problem.class_dim), begin, n, buffers->z.data());
-    if (options.transformed())
-      transform<R>(buffers->z.data(), problem.classes * width, R(options.logit_scale), R(options.softcap));
-    if (problem.probabilities)
-      problem.with_probs([&](auto* y) {
-        problem.stage_tile(y, 1, problem.target.stride(problem.class_dim), begin, n, buffers->y.data());
-      });
-    for (int64_t j = 0; j < width; ++j) {
-      int64_t index = j < n ? problem.index(begin + j) : -1;
-      row.target[j] = problem.probabilities ? -1 : index;
-      row.own_u[j] = problem.own_u(index);
-    }
-    TileU<R> tile{problem.class_u.data(), problem.probabilities ? buffers->y.data() : nullptr,
-                  problem.keep, problem.uniform};
-    with_bools(problem.kind != U::none, options.gamma > 0, [&](auto dense, auto focal) {
+    TileU<R> tile = problem.load_tile(*buffers, begin, n);
+    with_bools(problem.kind != U::none, a.gamma > 0, [&](auto dense, auto focal) {
       tile_forward<R, dense(), focal()>(buffers->z.data(), tile, row, problem.classes, width,
-                                        R(options.gamma), R(options.z_loss));
+                                        R(a.gamma), R(a.z_loss));
     });
     for (int64_t j = 0; j < n; ++j)
       finish(block, begin + j, problem.probabilities ? 0 : row.target[j],
@@ -778,8 +766,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
     total += loss_sum[block];
     total_divisor += divisor_sum[block];
   }
-  if (options.reduction != 1) total_divisor = 1;
-  if (!each) *loss_out = total_divisor == 0 && options.empty_zero ? R(0) : R(total / total_divisor);
+  if (a.reduction != 1) total_divisor = 1;
+  if (!each) *loss_out = total_divisor == 0 && a.empty_zero ? R(0) : R(total / total_divisor);
   *static_cast<R*>(divisor.mutable_data_ptr()) = R(total_divisor);
   return {loss, divisor, stats};
 }
@@ -789,7 +777,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
 template <U kind, bool focal, class T, class R>
 void backward_row(const Problem<T, R>& problem, int64_t i, int64_t target, R m, R rest, R u_psi,
                   R upstream, T* out, int64_t out_stride) {
-  const Options& o = problem.options;
+  const Arguments& o = problem.a;
   alignas(64) R z_buffer[kChunk], y_buffer[kChunk], g_buffer[kChunk];
   double log1p_rest = focal || o.z_loss != 0 ? std::log1p(double(rest)) : 0.0;
   double per_exp = (-double(u_psi) + 2 * o.z_loss * (m + log1p_rest)) * upstream / (1 + double(rest));
@@ -825,11 +813,9 @@ void backward_row(const Problem<T, R>& problem, int64_t i, int64_t target, R m, 
 }
 
 template <class T, class R>
-void backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-              const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha,
-              const std::optional<Tensor>& sample_weight, const Options& options,
-              const Tensor& divisor, const Tensor& stats, const Tensor& gradient) {
-  Problem<T, R> problem(logits, target, weight, alpha, sample_weight, options, &gradient);
+void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor, const Tensor& stats,
+              const Tensor& gradient) {
+  Problem<T, R> problem(a, &gradient);
   int64_t rows = problem.positions.count();
   STD_TORCH_CHECK(stats.numel() == 3 * rows && divisor.numel() == 1 &&
                       (grad_loss.numel() == 1 || grad_loss.numel() == rows),
@@ -840,7 +826,7 @@ void backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targe
   const R* stats_in = static_cast<const R*>(residuals.const_data_ptr());
   double divided = *static_cast<const R*>(divisor_tensor.const_data_ptr());
   double per_row = divided == 0 ? 0 : 1 / divided;
-  int64_t grad_step = options.reduction == 0 ? 1 : 0;
+  int64_t grad_step = a.reduction == 0 ? 1 : 0;
   int64_t out_stride = gradient.stride(problem.class_dim);
   T* out = static_cast<T*>(gradient.mutable_data_ptr());
 
@@ -862,7 +848,7 @@ void backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targe
         R m = stats_in[i], rest = stats_in[rows + i], u_psi = stats_in[2 * rows + i];
         with_kind(problem.kind, [&](auto kind) {
           constexpr U dense = kind() == U::uniform ? U::classes : kind();
-          if (options.gamma > 0 && kind() != U::none)
+          if (a.gamma > 0 && kind() != U::none)
             backward_row<dense, dense != U::none>(problem, i, index, m, rest, u_psi, g, row, out_stride);
           else
             backward_row<kind(), false>(problem, i, index, m, rest, u_psi, g, row, out_stride);
@@ -874,28 +860,19 @@ void backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targe
     thread_local std::optional<TileBuffers<R>> buffers;
     buffers.emplace(problem.classes, width, problem.probabilities);
     auto& row = buffers->row;
-    problem.stage_tile(problem.x, 0, logits.stride(problem.class_dim), begin, n, buffers->z.data());
-    if (options.transformed())
-      transform<R>(buffers->z.data(), problem.classes * width, R(options.logit_scale), R(options.softcap));
-    if (problem.probabilities)
-      problem.with_probs([&](auto* y) {
-        problem.stage_tile(y, 1, problem.target.stride(problem.class_dim), begin, n, buffers->y.data());
-      });
+    TileU<R> tile = problem.load_tile(*buffers, begin, n);
     for (int64_t j = 0; j < width; ++j) {
-      int64_t i = begin + j, index = j < n ? problem.index(i) : -1;
-      row.target[j] = problem.probabilities ? -1 : index;
-      row.own_u[j] = problem.own_u(index);
-      row.upstream[j] = j < n ? upstream(i, index) : R(0);
-      row.m[j] = j < n ? stats_in[i] : R(0);
-      row.rest[j] = j < n ? stats_in[rows + i] : R(0);
-      row.u_psi[j] = j < n ? stats_in[2 * rows + i] : R(0);
+      int64_t i = begin + j;
+      bool idle = j >= n || (!problem.probabilities && row.target[j] < 0);
+      row.upstream[j] = idle ? R(0) : upstream(i, 0);
+      row.m[j] = idle ? R(0) : stats_in[i];
+      row.rest[j] = idle ? R(0) : stats_in[rows + i];
+      row.u_psi[j] = idle ? R(0) : stats_in[2 * rows + i];
     }
-    TileU<R> tile{problem.class_u.data(), problem.probabilities ? buffers->y.data() : nullptr,
-                  problem.keep, problem.uniform};
-    with_bools(problem.kind != U::none, options.gamma > 0, [&](auto dense, auto focal) {
+    with_bools(problem.kind != U::none, a.gamma > 0, [&](auto dense, auto focal) {
       tile_backward<R, dense(), focal()>(buffers->z.data(), tile, row, problem.classes, width,
-                                         R(options.gamma), R(options.z_loss),
-                                         R(options.logit_scale), R(options.softcap));
+                                         R(a.gamma), R(a.z_loss),
+                                         R(a.logit_scale), R(a.softcap));
     });
     problem.unstage_tile(buffers->z.data(), out, out_stride, begin, n);
   });
@@ -915,50 +892,47 @@ auto with_logits_type(const Tensor& logits, const F& f) {
   throw std::logic_error("unreachable");
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(
-    Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> alpha,
-    std::optional<Tensor> sample_weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double gamma, double z_loss, double softcap, double logit_scale,
-    bool empty_zero, bool) {
-  Options options{ignore_index, reduction, label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero};
-  return with_logits_type(logits, [&](auto t, auto r) {
-    return forward<decltype(t), decltype(r)>(logits, target, weight, alpha, sample_weight, options);
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Arguments& a) {
+  return with_logits_type(a.logits, [&](auto t, auto r) { return forward<decltype(t), decltype(r)>(a); });
+}
+
+void run_backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor, const Tensor& stats,
+                  const Tensor& gradient) {
+  with_logits_type(a.logits, [&](auto t, auto r) {
+    backward<decltype(t), decltype(r)>(a, grad_loss, divisor, stats, gradient);
   });
 }
 
-void backward_into(const Tensor& gradient, const Tensor& grad_loss, const Tensor& logits,
-                   const Tensor& target, const std::optional<Tensor>& weight,
-                   const std::optional<Tensor>& alpha, const std::optional<Tensor>& sample_weight,
-                   const Options& options, const Tensor& divisor, const Tensor& stats) {
-  with_logits_type(logits, [&](auto t, auto r) {
-    backward<decltype(t), decltype(r)>(grad_loss, logits, target, weight, alpha, sample_weight,
-                                       options, divisor, stats, gradient);
-  });
+}  // namespace
+}  // namespace torchfast::TORCHFAST_ISA
+
+#ifdef TORCHFAST_LAST_ISA
+namespace torchfast {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> alpha,
+    std::optional<Tensor> sample_weight, int64_t ignore_index, int64_t reduction, double label_smoothing,
+    double gamma, double z_loss, double softcap, double logit_scale, bool empty_zero, bool) {
+  return TORCHFAST_DISPATCH(run_forward)({logits, target, weight, alpha, sample_weight, ignore_index, reduction,
+                         label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero});
 }
 
-Tensor cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target,
-                              std::optional<Tensor> weight, std::optional<Tensor> alpha,
-                              std::optional<Tensor> sample_weight, int64_t ignore_index,
-                              int64_t reduction, double label_smoothing, double gamma,
-                              double z_loss, double softcap, double logit_scale, bool empty_zero,
-                              bool, Tensor divisor, Tensor stats) {
+Tensor cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> alpha,
+    std::optional<Tensor> sample_weight, int64_t ignore_index, int64_t reduction, double label_smoothing,
+    double gamma, double z_loss, double softcap, double logit_scale, bool empty_zero, bool, Tensor divisor, Tensor stats) {
   Tensor gradient = torch::stable::empty_like(logits);
   advise_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
-  backward_into(gradient, grad_loss, logits, target, weight, alpha, sample_weight,
-                {ignore_index, reduction, label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero},
-                divisor, stats);
+  TORCHFAST_DISPATCH(run_backward)({logits, target, weight, alpha, sample_weight, ignore_index, reduction,
+                         label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero}, grad_loss, divisor, stats, gradient);
   return gradient;
 }
 
-void cross_entropy_backward_(Tensor grad_loss, Tensor logits, Tensor target,
-                             std::optional<Tensor> weight, std::optional<Tensor> alpha,
-                             std::optional<Tensor> sample_weight, int64_t ignore_index,
-                             int64_t reduction, double label_smoothing, double gamma,
-                             double z_loss, double softcap, double logit_scale, bool empty_zero,
-                             bool, Tensor divisor, Tensor stats) {
-  backward_into(logits, grad_loss, logits, target, weight, alpha, sample_weight,
-                {ignore_index, reduction, label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero},
-                divisor, stats);
+// Writes the gradient over the logits.
+void cross_entropy_backward_(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> alpha,
+    std::optional<Tensor> sample_weight, int64_t ignore_index, int64_t reduction, double label_smoothing,
+    double gamma, double z_loss, double softcap, double logit_scale, bool empty_zero, bool, Tensor divisor, Tensor stats) {
+  TORCHFAST_DISPATCH(run_backward)({logits, target, weight, alpha, sample_weight, ignore_index, reduction,
+                         label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero}, grad_loss, divisor, stats, logits);
 }
 
 }  // namespace
@@ -969,3 +943,4 @@ STABLE_TORCH_LIBRARY_IMPL(torchfast, CPU, m) {
   m.impl("cross_entropy_backward", TORCH_BOX(&torchfast::cross_entropy_backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&torchfast::cross_entropy_backward_));
 }
+#endif

@@ -1,0 +1,43 @@
+# make demo | test | bench | lint | types | clean. Each first does `make setup`, which creates .venv,
+# installs the pinned development environment and builds the extension; it does nothing when up to date.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py $(shell find csrc -type f)
+PY_CODE := setup.py torchfast tests benchmarks examples
+CPP_CODE := $(shell find csrc -type f)
+
+.PHONY: setup demo test lint types bench clean
+
+setup: .venv/built
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+.venv/built: .venv/installed $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/train_digits.py
+
+test: setup lint types
+	$(BIN)/python -m pytest -q
+	TORCHFAST_ISA=avx2 $(BIN)/python -m pytest -q tests/test_cross_entropy.py
+	TORCHFAST_DISABLE_NATIVE=1 $(BIN)/python -m pytest -q --deselect tests/test_install.py
+
+lint: setup
+	$(BIN)/ruff check $(PY_CODE)
+	$(BIN)/ruff format --check $(PY_CODE)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_CODE)
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/plot.py
+
+clean:
+	rm -rf .venv build dist *.egg-info torchfast/_C*.so

@@ -1,0 +1,84 @@
+"""What is active here, and why not more: ``python -m torchfast.info [--json]``.
+
+Always exits 0: every probe is guarded, and its error becomes part of the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import torchfast
+from torchfast import _native, _triton
+from torchfast._register import registry
+
+
+def _guard(probe: Callable[[], Any]) -> Any:
+    try:
+        return probe()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _kernel(op: str, key: str) -> str:
+    """Which kernel the dispatcher holds for one op and backend."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"torchfast::{op}", key):
+        return "reference"
+    return "native" if key == "CPU" else "triton"
+
+
+def report() -> dict[str, Any]:
+    """The report as a dictionary of plain values.
+
+    Example:
+        >>> from torchfast.info import report
+        >>> sorted(report())
+        ['build', 'devices', 'kernels', 'missing', 'versions']
+    """
+    native = _native.unavailable_reason is None
+    missing = {"native": _native.unavailable_reason, "triton": _guard(_triton.unavailable_reason)}
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    if _guard(torch.cuda.is_available) is True:
+        devices["cuda"] = _guard(torch.cuda.get_device_name)
+        if native and hasattr(torchfast._C, "cuda_probe"):
+            devices["cuda code"] = _guard(lambda: f"sm_{torchfast._C.cuda_probe(0)} runs")
+    else:
+        missing["cuda"] = "torch sees no CUDA device"
+    return {
+        "versions": {
+            "torchfast": torchfast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "build": _guard(torchfast._C.build_info) if native else None,
+        "devices": devices,
+        "kernels": {
+            name: {key.lower(): _guard(lambda name=name, key=key: _kernel(name, key)) for key in ("CPU", "CUDA", "XPU")}
+            for name in registry
+        },
+        "missing": {name: reason for name, reason in missing.items() if reason},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m torchfast.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    result = report()
+    if parser.parse_args().json:
+        print(json.dumps(result, indent=2))
+        return
+    for section, content in result.items():
+        print(section)
+        for name, value in (content or {"-": "none"}).items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{k}: {v}" for k, v in value.items())
+            print(f"  {name:18} {value}")
+
+
+if __name__ == "__main__":
+    main()
