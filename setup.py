@@ -125,7 +125,7 @@ def native_build() -> dict:
                 super().build_extensions()
             except Exception as error:
                 if wanted == "require":
-                    raise
+                    raise SystemExit(f"torchfast: TORCHFAST_BUILD=require, but the build failed: {error}") from error
                 print(f"torchfast: the native build failed, so this build is pure Python: {error}")
                 for left in (target, Path(self.build_lib) / "torchfast" / target.name):
                     left.unlink(missing_ok=True)

@@ -33,42 +33,32 @@ class Sample:
 
 @dataclass(frozen=True)
 class Op:
-    """A registered loss. Calling it dispatches, or differentiates through the reference."""
+    """A registered loss. Calling it gives the loss, differentiable in every way autograd knows."""
 
     name: str
     function: Callable[..., Tensor]
     """The public function, for tests that iterate over the registry."""
-    forward: Any
-    backward: Any
+    sample_inputs: Callable[..., Iterable[Sample]]
     reference: Callable[..., tuple[Tensor, ...]]
     """Plain differentiable PyTorch with the forward op's signature."""
-    sample_inputs: Callable[..., Iterable[Sample]]
+    forward: Any
+    backward: Any
+    autograd: type[torch.autograd.Function]
 
-    def __call__(self, *args: Any) -> Tensor:
-        return _dispatch(self.forward, self.reference, *args)
+    def __call__(self, *inputs: Any) -> Tensor:
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            # A custom op raises there, or silently loses tangents.
+            return self.reference(*inputs)[0]
+        if torch.is_grad_enabled():
+            if any(isinstance(a, Tensor) and a.requires_grad for a in inputs[1:]):
+                return self.reference(*inputs)[0]  # fused is the gradient of the first input only
+            if inputs[0].requires_grad and not torch.compiler.is_compiling():
+                return self.autograd.apply(*inputs)
+        return self.forward(*inputs)[0]
 
 
 #: Every registered op by name.
 registry: dict[str, Op] = {}
-
-
-def _dispatch(forward: Any, reference: Callable[..., tuple[Tensor, ...]], *args: Any) -> Tensor:
-    if _needs_reference(args):
-        return reference(*args)[0]
-    return forward(*args)[0]
-
-
-def _needs_reference(args: tuple[Any, ...]) -> bool:
-    """The fused op knows one derivative: reverse mode, of the first input.
-
-    Under functorch transforms and forward-mode AD a custom op raises or silently loses tangents,
-    and a gradient of any other input (probability targets, class weights) is not fused.
-    """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args[1:])
 
 
 def register(
@@ -76,76 +66,84 @@ def register(
     inputs: str,
     residuals: str,
     *,
+    function: Callable[..., Tensor],
     reference: Callable[..., tuple[Tensor, ...]],
     reference_backward: Callable[..., Tensor],
     fake: Callable[..., tuple[Tensor, ...]],
-) -> tuple[Any, Any]:
-    """Defines ``torchfast::<name>`` and its backward; returns the two ops.
+    sample_inputs: Callable[..., Iterable[Sample]],
+) -> Op:
+    """Defines ``torchfast::<name>`` and its backward, and enters them in the registry.
 
-    ``inputs`` and ``residuals`` are schema text; the first input is the differentiable one. When
-    the inputs include ``bool inplace_backward``, the backward has a second form that writes the
+    ``inputs`` and ``residuals`` are schema text. The differentiable input is the first, tensors come
+    before options, and the last option is ``bool inplace_backward``: whether the backward writes the
     gradient over the first input.
     """
     first, rest = inputs.split(",", 1)
-    names = [argument.split("=")[0].split()[-1] for argument in inputs.split(",")]
+    tensors = sum(argument.split()[0].startswith("Tensor") for argument in inputs.split(","))
+    others = inputs.count(",")
+    outputs = ", ".join(["Tensor"] * (2 + residuals.count(",")))
     saved = f"{rest}, {residuals}"
-    op, op_backward = f"torchfast::{name}", f"torchfast::{name}_backward"
-    op_inplace = f"torchfast::{name}_backward_"
-    mutable_first = first.replace("Tensor", "Tensor(a!)")
-    outputs = ", ".join("Tensor" for _ in range(1 + len(residuals.split(","))))
-    torch.library.define(op, f"({inputs}) -> ({outputs})")
-    torch.library.define(op_backward, f"(Tensor grad_loss, {first}, {saved}) -> Tensor")
-    torch.library.define(op_inplace, f"(Tensor grad_loss, {mutable_first}, {saved}) -> ()")
+    schemas = {
+        name: f"({inputs}) -> ({outputs})",
+        f"{name}_backward": f"(Tensor grad_loss, {first}, {saved}) -> Tensor",
+        f"{name}_backward_": f"(Tensor grad_loss, {first.replace('Tensor', 'Tensor(a!)')}, {saved}) -> ()",
+    }
 
     def reference_backward_(grad: Tensor, x: Tensor, *args: Any) -> None:
         x.copy_(reference_backward(grad, x, *args))
 
-    torch.library.register_kernel(op, None, reference)
-    torch.library.register_kernel(op_backward, None, reference_backward)
-    torch.library.register_kernel(op_inplace, None, reference_backward_)
-    torch.library.register_fake(op, fake)
-    torch.library.register_fake(op_backward, lambda grad, x, *_: torch.empty_like(x))
-    torch.library.register_fake(op_inplace, lambda *_: None)
+    kernels = (reference, reference_backward, reference_backward_)
+    fakes = (fake, lambda grad, x, *_: torch.empty_like(x), lambda *_: None)
+    for (op, schema), kernel, fake_kernel in zip(schemas.items(), kernels, fakes, strict=True):
+        torch.library.define(f"torchfast::{op}", schema)
+        torch.library.register_kernel(f"torchfast::{op}", None, kernel)
+        torch.library.register_fake(f"torchfast::{op}", fake_kernel)
+    forward_op, backward_op, backward_inplace = (getattr(torch.ops.torchfast, op).default for op in schemas)
 
-    namespace = torch.ops.torchfast
-    backward_op = getattr(namespace, f"{name}_backward").default
-    backward_inplace = getattr(namespace, f"{name}_backward_").default
-    inplace_at = names.index("inplace_backward") if "inplace_backward" in names else None
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], residuals: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        tensors = [a for a in inputs if isinstance(a, Tensor)]
-        ctx.save_for_backward(*tensors, *output[1:])
-        # None where a tensor goes, to be put back from the saved ones.
-        ctx.arguments = tuple(None if isinstance(a, Tensor) else a for a in inputs)
-        ctx.tensor_at = tuple(i for i, a in enumerate(inputs) if isinstance(a, Tensor))
+        ctx.save_for_backward(*inputs[:tensors], *residuals)
+        ctx.options = inputs[tensors:]
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        none = (None,) * (len(names) - 1)
+        none = (None,) * others
         if grad is None:
             return (None, *none)
-        arguments = list(ctx.arguments)
-        saved = ctx.saved_tensors
-        for position, tensor in zip(ctx.tensor_at, saved, strict=False):
-            arguments[position] = tensor
-        inplace = inplace_at is not None and arguments[inplace_at]
+        saved, inplace = ctx.saved_tensors, ctx.options[-1]
+        inputs, residuals = (*saved[:tensors], *ctx.options), saved[tensors:]
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself will be differentiated
             if inplace:
                 raise RuntimeError(
-                    f"{name}: inplace_backward=True overwrites the logits, which a second "
-                    "derivative (create_graph=True) needs again; pass inplace_backward=False"
+                    f"{name}: inplace_backward=True overwrites the logits, which a second derivative "
+                    "(create_graph=True) needs again; pass inplace_backward=False"
                 )
-            loss = reference(*arguments)[0]
-            return (torch.autograd.grad(loss, arguments[0], grad, create_graph=True)[0], *none)
-        residuals = saved[len(ctx.tensor_at) :]
+            loss = reference(*inputs)[0]
+            return (*torch.autograd.grad(loss, inputs[0], grad, create_graph=True), *none)
         if inplace:
-            logits = arguments[0]
-            backward_inplace(grad, *arguments, *residuals)
+            backward_inplace(grad, *inputs, *residuals)
             # Whoever saved the logits for its own backward must hear that they are gone.
-            torch.autograd.graph.increment_version(logits)
-            return (logits.detach(), *none)
-        return (backward_op(grad, *arguments, *residuals), *none)
+            torch.autograd.graph.increment_version(inputs[0])
+            return (inputs[0].detach(), *none)
+        return (backward_op(grad, *inputs, *residuals), *none)
 
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
-    return getattr(namespace, name).default, backward_op
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        save(ctx, inputs, output[1:])
+
+    torch.library.register_autograd(f"torchfast::{name}", backward, setup_context=setup_context)
+
+    class Fused(torch.autograd.Function):
+        """The same as the registered autograd, a third faster on tiny inputs: outside torch.compile
+        the dispatcher needs not to call back into Python."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                loss, *residuals = forward_op(*inputs)
+            save(ctx, inputs, residuals)
+            return loss
+
+    Fused.backward = staticmethod(backward)  # type: ignore[assignment]
+    op = Op(name, function, sample_inputs, reference, forward_op, backward_op, Fused)
+    registry[name] = op
+    return op

@@ -378,7 +378,8 @@ template <class R>
 constexpr ScalarType real_type = std::is_same_v<R, float> ? ScalarType::Float : ScalarType::Double;
 
 Tensor as_contiguous(const Tensor& x, ScalarType dtype) {
-  return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+  Tensor converted = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
 // Memory of one tile, per thread.

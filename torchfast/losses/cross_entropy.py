@@ -25,17 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchfast._register import Op, Sample, register, registry
+from torchfast._register import Sample, register
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-_INPUTS = (
-    "Tensor logits, Tensor target, Tensor? weight, Tensor? alpha, Tensor? sample_weight, "
-    "int ignore_index, int reduction, float label_smoothing, float gamma, float z_loss, "
-    "float softcap, float logit_scale, bool empty_zero, bool inplace_backward"
-)
-_RESIDUALS = "Tensor divisor, Tensor stats"
 
 
 # ---- Reference: the formula above in differentiable PyTorch ---------------------------------
@@ -207,18 +200,6 @@ def _fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor
     for size in rows:
         count *= size
     return new([] if reduction else rows, dtype=dtype), new([], dtype=dtype), new([3, count], dtype=dtype)
-
-
-# ---- Registration. The CPU kernels are csrc/cpu/cross_entropy.cpp ----------------------------
-
-_forward, _backward = register(
-    "cross_entropy",
-    _INPUTS,
-    _RESIDUALS,
-    reference=_reference,
-    reference_backward=_reference_backward,
-    fake=_fake,
-)
 
 
 # ---- Public functions ------------------------------------------------------------------------
@@ -538,6 +519,17 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> It
     yield Sample((logits(70, 6).t(), indices(70, 6)), {"normalizer": 3.0})
 
 
-_op = registry["cross_entropy"] = Op(
-    "cross_entropy", cross_entropy, _forward, _backward, _reference, sample_inputs
+# ---- Registration. The CPU kernels are csrc/cpu/cross_entropy.cpp ----------------------------
+
+_op = register(
+    "cross_entropy",
+    "Tensor logits, Tensor target, Tensor? weight, Tensor? alpha, Tensor? sample_weight, "
+    "int ignore_index, int reduction, float label_smoothing, float gamma, float z_loss, "
+    "float softcap, float logit_scale, bool empty_zero, bool inplace_backward",
+    "Tensor divisor, Tensor stats",
+    function=cross_entropy,
+    reference=_reference,
+    reference_backward=_reference_backward,
+    fake=_fake,
+    sample_inputs=sample_inputs,
 )

@@ -1,0 +1,194 @@
+"""What is measured. A case is data: fresh inputs, contenders, the truth in fp64, and the aims.
+
+The inputs' first tensor is the one differentiated. A contender takes the inputs and returns the
+tensor to differentiate; one that needs no gradient is timed forward only. ``run.py`` adds
+torch.compile of "eager" and the floors (copy, clone) to every case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torchfast
+
+Inputs = tuple[Tensor, ...]
+
+
+class Aims(NamedTuple):
+    """At least so many times faster than a peer; at most so many times logits.clone()."""
+
+    eager: float | None = None
+    compile: float | None = None
+    clone: float | None = None
+
+
+NO_AIMS = Aims()
+
+
+class Truth(NamedTuple):
+    loss: float
+    gradient: Tensor
+    pick: Callable[[Tensor], Tensor]
+    """The part of a contender's gradient that ``gradient`` is the truth of."""
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    setup: Callable[[str], Inputs]
+    contenders: dict[str, Callable[..., Tensor]]
+    truth: Callable[..., Truth]
+    aims: Aims
+
+    @property
+    def label(self) -> str:
+        return f"{self.family}/{self.name}/{'x'.join(map(str, self.shape))}/{DTYPES[self.dtype]}"
+
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+# ---- Softmax losses --------------------------------------------------------------------------
+
+
+class Loss(NamedTuple):
+    name: str
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+    alpha: float = 1.0
+    weighted: bool = False
+
+
+CE = Loss("CE")
+CE_LS = Loss("CE+LS", label_smoothing=0.1)
+FOCAL = Loss("focal", gamma=2.0, alpha=0.25)
+FOCAL_LS_W = Loss("focal+LS+weights", label_smoothing=0.1, gamma=2.0, weighted=True)
+LOSSES = (CE, CE_LS, FOCAL, FOCAL_LS_W)
+
+
+def softmax_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, loss: Loss, device: str, channels_last: bool, ignored: float
+) -> Inputs:
+    """Logits of a half-trained model: the right class is raised by 0 to 12, so p covers (0, 1)."""
+    rows, classes = (shape[0], *shape[2:]), shape[1]
+    target = torch.randint(classes, rows)
+    logits = 2 * torch.randn(shape)
+    logits.scatter_add_(1, target.unsqueeze(1), 12 * torch.rand(rows).unsqueeze(1))
+    target[torch.rand(rows) < ignored] = -100
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    logits = logits.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
+    weight = (torch.rand(classes) + 0.5).to(device, dtype) if loss.weighted else None
+    return logits, target.to(device), weight
+
+
+def softmax_contenders(loss: Loss) -> dict[str, Callable[..., Tensor]]:
+    e, gamma, alpha = loss.label_smoothing, loss.gamma, loss.alpha
+
+    def fast(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        given = None if alpha == 1 else alpha
+        return torchfast.cross_entropy(logits, target, weight, label_smoothing=e, gamma=gamma, alpha=given)
+
+    def eager(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        return F.cross_entropy(logits, target, weight, label_smoothing=e)
+
+    def eager_focal(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        log_p = F.log_softmax(logits, 1)
+        at = target.unsqueeze(1)
+        if e == 0 and weight is None:  # only p of the target is needed: the cheapest eager form
+            log_p = log_p.gather(1, at)
+            return alpha * ((-log_p.expm1()) ** gamma * -log_p).mean()
+        per_class = (-log_p.expm1()) ** gamma * -log_p * weight.view(-1, *[1] * (logits.dim() - 2))
+        row = (1 - e) * per_class.gather(1, at).squeeze(1) + e / logits.shape[1] * per_class.sum(1)
+        return alpha * row.sum() / weight[target].sum()
+
+    return {"torchfast": fast, "eager": eager_focal if gamma else eager}
+
+
+def softmax_truth(loss: Loss, logits: Tensor, target: Tensor, weight: Tensor | None) -> Truth:
+    """Rows are independent: the loss of all, in fp64 chunks, and the gradient of a few of them."""
+    classes = logits.shape[1]
+    e = loss.label_smoothing
+    w = logits.new_ones(classes, dtype=torch.float64) if weight is None else weight.double()
+
+    def as_rows(tensor: Tensor) -> Tensor:
+        return tensor.detach().movedim(1, -1).reshape(-1, classes)
+
+    def row_losses(x: Tensor, t: Tensor) -> Tensor:
+        log_p = x.log_softmax(1)
+        per_class = -log_p * w
+        if loss.gamma:
+            per_class = per_class * (1 - log_p.exp()) ** loss.gamma
+        row = (1 - e) * per_class.gather(1, t.clamp(min=0).unsqueeze(1)).squeeze(1)
+        if e:
+            row = row + e / classes * per_class.sum(1)
+        return torch.where(t == -100, 0.0, loss.alpha * row)
+
+    x, t = as_rows(logits), target.flatten()
+    chunk = max(1, 2**20 // classes)
+    total = sum(row_losses(a.double(), b).sum() for a, b in zip(x.split(chunk), t.split(chunk), strict=True))
+    divisor = w[t[t != -100]].sum()
+    stride = math.ceil(x.shape[0] / chunk)
+    sample = x[::stride].double().requires_grad_()
+    gradient = torch.autograd.grad(row_losses(sample, t[::stride]).sum() / divisor, sample)[0]
+    return Truth((total / divisor).item(), gradient, lambda full: as_rows(full)[::stride])
+
+
+def softmax_case(
+    family: str,
+    loss: Loss,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    aims: Aims = NO_AIMS,
+    *,
+    channels_last: bool = False,
+    ignored: float = 0.0,
+) -> Case:
+    name = loss.name + " channels_last" * channels_last + " half ignored" * bool(ignored)
+    return Case(
+        family,
+        name,
+        shape,
+        dtype,
+        lambda device: softmax_inputs(shape, dtype, loss, device, channels_last, ignored),
+        softmax_contenders(loss),
+        lambda *inputs: softmax_truth(loss, *inputs),
+        aims,
+    )
+
+
+LARGE = ((16384, 1000), (2048, 32000), (512, 128256))
+
+
+def cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for shape in LARGE:
+            for loss in LOSSES:
+                if dtype == torch.bfloat16:
+                    aims = Aims(eager=4, compile=2, clone=2)
+                else:  # focal has the aim of the cross entropy it extends
+                    aims = Aims(eager=6 if loss.label_smoothing else 4, compile=2.5, clone=0.8)
+                yield softmax_case("large", loss, shape, dtype, aims)
+    for shape in (65536, 10), (100000, 2):
+        for loss in LOSSES:
+            yield softmax_case("small classes", loss, shape, aims=Aims(eager=5, compile=1))
+    for loss in CE, FOCAL_LS_W:
+        for channels_last in False, True:
+            aims = Aims(eager=5, compile=2, clone=2)
+            yield softmax_case("segmentation", loss, (4, 19, 512, 512), aims=aims, channels_last=channels_last)
+    for shape in LARGE[:2]:
+        yield softmax_case("ignored rows", CE, shape, aims=Aims(eager=4, compile=2.5, clone=0.8), ignored=0.5)
+    for shape in (128, 10), (8, 2):
+        yield softmax_case("tiny", CE, shape, aims=Aims(eager=1))
+        yield softmax_case("tiny", FOCAL, shape, aims=Aims(eager=2))
+    for doubling in range(7):
+        yield softmax_case("scaling", CE_LS, (512 * 2**doubling, 1000))

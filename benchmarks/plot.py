@@ -1,0 +1,150 @@
+"""Draws the newest run in a benchmark CSV: one picture per family, and the scaling curve.
+
+    python benchmarks/plot.py --csv benchmarks/results/cpu.csv --out docs/img
+
+Lengths are times relative to logits.clone() of the same run; the small print says where it ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+COLORS = {"torchfast": "#d1495b", "torch.compile": "#66a182", "eager": "#8d96a3", "clone": "#2e4057"}
+BARS = ("torchfast", "torch.compile", "eager")
+
+Row = dict[str, str]
+
+
+def newest_run(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise SystemExit(f"{path} has no rows; run benchmarks/run.py first")
+    newest = max(row["date"] for row in rows)
+    return [row for row in rows if row["date"] == newest]
+
+
+def time_text(ms: float) -> str:
+    return f"{short(ms)} ms" if ms >= 1 else f"{short(1e3 * ms)} µs"
+
+
+def short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def origin(row: Row) -> str:
+    """What the figures depend on, small print below the picture."""
+    kernels = "native kernels" if row["native"] == "True" else "the slow reference, no native kernels"
+    where = row["cpu"] if row["device"] == "cpu" else row["device"]
+    commit = row["commit"] + "+" * (row["dirty"] == "True")
+    return (
+        f"torchfast {row['torchfast']} ({commit}, {kernels}), torch {row['torch']}, "
+        f"{where}, {row['threads']} threads, {row['date'][:10]}"
+    )
+
+
+def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str) -> None:
+    """A group of bars per case: time / logits.clone(), logarithmic; the time itself at the end."""
+    ticks, limit = [], 1.0
+    drawn = [name for name in BARS if any(name in rows for rows in cases.values())]
+    height = 0.8 / len(drawn)
+    for group, rows in enumerate(cases.values()):
+        ticks.append(group + height * (len(drawn) - 1) / 2)
+        for i, name in enumerate(drawn):
+            row, y = rows.get(name), group + i * height
+            if row is None:
+                continue
+            if not row["p50_ms"]:  # failed or wrong: said here too, not left out
+                axes.text(1.0, y, f" {name}: {row['note'].split(':')[0]}", va="center", fontsize=7, color="red")
+                continue
+            ratio, p50 = float(row["ratio_to_clone"]), float(row["p50_ms"])
+            spread = [[ratio * (1 - float(row["p20_ms"]) / p50)], [ratio * (float(row["p80_ms"]) / p50 - 1)]]
+            error = {"xerr": spread, "error_kw": {"lw": 0.8, "ecolor": "#00000066"}}
+            axes.barh(y, ratio, height, color=COLORS[name], label=name if group == 0 else None, **error)
+            end = max(ratio + spread[1][0], 1.0)
+            axes.text(end, y, f"  {short(ratio)}x, {time_text(p50)}", va="center", fontsize=7)
+            limit = max(limit, end)
+    low = min((float(r["ratio_to_clone"]) for rows in cases.values() for r in rows.values() if r["p50_ms"]), default=1)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.5, low / 1.5), limit * (limit / low) ** 0.35 * 2)
+    axes.axvline(1, color=COLORS["clone"], lw=1.2, ls="--", label="logits.clone()")
+    axes.set_yticks(ticks, [f"{case}\n{shape}" for case, shape in cases], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title(dtype, loc="left", fontsize=10)
+    axes.set_xlabel("time / logits.clone(): median, 20-80%; log scale, left is faster")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def family_picture(rows: list[Row], family: str) -> Figure:
+    by_dtype: dict[str, dict[tuple[str, str], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["what"] == "fwd+bwd":
+            by_dtype[row["dtype"]][row["case"], row["shape"]][row["contender"]] = row
+    most = max(map(len, by_dtype.values()))
+    size = (7.5 * len(by_dtype), 1.8 + 0.62 * most)
+    figure, panels = plt.subplots(1, len(by_dtype), figsize=size, squeeze=False, layout="constrained")
+    for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
+        bars(axes, cases, dtype)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
+    figure.suptitle(f"{family}: loss + gradient", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def scaling_picture(rows: list[Row]) -> Figure:
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        if row["what"] in ("fwd+bwd", "floor") and row["contender"] in COLORS and row["p50_ms"]:
+            elements = math.prod(map(int, row["shape"].split("x")))
+            curves[row["contender"]].append((elements, float(row["p50_ms"])))
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, color in COLORS.items():
+        if points := sorted(curves[name]):
+            elements, ms = zip(*points, strict=True)
+            style, label = ("o--", "logits.clone()") if name == "clone" else ("o-", name)
+            axes.plot(elements, ms, style, color=color, ms=4, label=label)
+            if name == "torchfast":  # linear through the largest: a doubling that doubles
+                linear = [ms[-1] * n / elements[-1] for n in elements]
+                axes.plot(elements, linear, ":", color=color, lw=1, label="linear")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: time_text(value))
+    axes.set_xlabel("logits (elements)")
+    axes.set_ylabel("loss and gradient, median")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    axes.set_title(f"scaling: {rows[0]['case']}, {rows[0]['dtype']}", loc="left", fontsize=11)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=HERE / "results" / "cpu.csv")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "img")
+    args = parser.parse_args()
+    rows = newest_run(args.csv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for family in dict.fromkeys(row["family"] for row in rows):
+        chosen = [row for row in rows if row["family"] == family]
+        figure = scaling_picture(chosen) if family == "scaling" else family_picture(chosen, family)
+        figure.supxlabel(origin(rows[0]), fontsize=6.5, color="#555555", x=0.01, ha="left")
+        path = args.out / f"{args.csv.stem}-{family.replace(' ', '-')}.png"
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What a user gets: pure Python without a compiler, native with one, CUDA code with nvcc."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchfast
+from torchfast import _native
+
+ROOT = Path(__file__).parent.parent
+USE = "import torch, torchfast; print(torchfast.cross_entropy(torch.eye(3), torch.arange(3)).item())"
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TORCHFAST_")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources: a build leaves files behind, and must not find any."""
+    target = tmp_path_factory.mktemp("source")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.split("\0"):
+        if name.startswith(("csrc/", "torchfast/")) or name in (
+            "setup.py",
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+        ):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((ROOT / name).read_bytes())
+    return target
+
+
+def build_wheel(source: Path, out: Path, **environment: str) -> tuple[Path | None, str]:
+    command = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), ".")
+    result = run(*command, cwd=source, **environment)
+    wheels = sorted(out.glob("*.whl")) if result.returncode == 0 else [None]
+    return wheels[0], result.stdout + result.stderr
+
+
+def unpack(wheel: Path, target: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+        return archive.namelist()
+
+
+def assert_works_as_reference(site: Path) -> None:
+    result = run("-c", USE, cwd=site, PYTHONPATH=str(site))
+    assert float(result.stdout) == pytest.approx(0.5514447)
+    info = json.loads(run("-m", "torchfast.info", "--json", cwd=site, PYTHONPATH=str(site)).stdout)
+    assert info["kernels"]["cross_entropy"]["cpu"] == "reference"
+    assert "no compiled extension" in info["missing"]["native"]
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_works(source: Path, tmp_path: Path) -> None:
+    wheel, log = build_wheel(source, tmp_path, CXX="/nonexistent/c++")
+    assert wheel is not None and wheel.name.endswith("py3-none-any.whl"), log
+    assert "building pure Python, because there is no C++ compiler" in log
+    names = unpack(wheel, tmp_path / "site")
+    assert "torchfast/py.typed" in names and not [n for n in names if n.endswith((".so", ".cpp", ".cu"))]
+    assert_works_as_reference(tmp_path / "site")
+
+
+def test_a_failing_compiler_leaves_a_working_package_and_no_stale_library(source: Path, tmp_path: Path) -> None:
+    wheel, log = build_wheel(source, tmp_path, CXX="/bin/false")
+    assert wheel is not None, log
+    assert "the native build failed, so this build is pure Python" in log
+    assert not [n for n in unpack(wheel, tmp_path / "site") if n.endswith(".so")]
+    assert_works_as_reference(tmp_path / "site")
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "/bin/false"])
+def test_require_turns_a_missing_or_failing_compiler_into_an_error(
+    source: Path, tmp_path: Path, compiler: str
+) -> None:
+    wheel, log = build_wheel(source, tmp_path, CXX=compiler, TORCHFAST_BUILD="require")
+    assert wheel is None and "TORCHFAST_BUILD=require, but" in log
+
+
+@pytest.mark.skipif(_native.unavailable_reason is not None, reason="this build is pure Python")
+def test_the_native_wheel_holds_the_library_and_serves_the_op(source: Path, tmp_path: Path) -> None:
+    wheel, log = build_wheel(source, tmp_path, TORCHFAST_BUILD="require")
+    assert wheel is not None, log
+    names = unpack(wheel, tmp_path / "site")
+    assert [n for n in names if n.startswith("torchfast/_C") and n.endswith(".so")]
+    assert not [n for n in names if n.endswith((".cpp", ".cu", ".h", ".o"))]
+    site = tmp_path / "site"
+    info = json.loads(run("-m", "torchfast.info", "--json", cwd=site, PYTHONPATH=str(site)).stdout)
+    assert info["kernels"]["cross_entropy"]["cpu"] == "native"
+    assert info["build"]["built_with_torch"] == torch.__version__
+
+
+@pytest.mark.skipif(
+    _native.unavailable_reason is not None or not torchfast._C.build_info()["cuda_archs"],
+    reason="built without nvcc",
+)
+def test_the_binary_contains_code_for_every_gpu_architecture_it_names() -> None:
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listed = subprocess.run([tool, "--list-elf", torchfast._C.__file__], capture_output=True, text=True).stdout
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        assert f".{arch}." in listed, listed
+        assert arch in torchfast._C.build_info()["cuda_archs"].split()
+    if not torch.cuda.is_available():  # and without a driver it says so instead of crashing
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torchfast._C.cuda_probe(0)
+
+
+def test_importing_is_light() -> None:
+    code = "import sys, torch; before = set(sys.modules); import torchfast; print(*(set(sys.modules) - before))"
+    new = run("-c", code, cwd=ROOT).stdout.split()
+    assert "torchfast" in new
+    assert not {"torchmetrics", "triton", "matplotlib", "numpy"} & {name.split(".")[0] for name in new}
+
+
+def test_native_kernels_can_be_switched_off() -> None:
+    info = json.loads(run("-m", "torchfast.info", "--json", cwd=ROOT, TORCHFAST_DISABLE_NATIVE="1").stdout)
+    assert info["missing"]["native"] == "disabled by TORCHFAST_DISABLE_NATIVE"
+    assert info["kernels"]["cross_entropy"]["cpu"] == "reference"
+
+
+def test_info_prints_a_table_and_exits_0() -> None:
+    result = run("-m", "torchfast.info", cwd=ROOT)
+    assert result.returncode == 0 and "cross_entropy" in result.stdout
