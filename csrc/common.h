@@ -35,8 +35,8 @@ inline Isa isa() {
     std::string limit = asked ? asked : "avx512";
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                __builtin_cpu_supports("bmi2");
+    bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
     if (avx512 && limit == "avx512") return Isa::avx512;
@@ -61,8 +61,7 @@ class Positions {
       Dim dim{sizes[d], {}};
       for (int k = 0; k < 3; ++k) dim.stride[k] = tensors[k] ? tensors[k]->stride(d) : 0;
       bool merge = !dims_.empty();
-      for (int k = 0; merge && k < 3; ++k)
-        merge = dims_.back().stride[k] == dim.stride[k] * dim.size;
+      for (int k = 0; merge && k < 3; ++k) merge = dims_.back().stride[k] == dim.stride[k] * dim.size;
       if (merge) {
         dim.size *= dims_.back().size;
         dims_.back() = dim;
@@ -97,16 +96,6 @@ class Positions {
   std::vector<Dim> dims_;
   int64_t count_ = 1;
 };
-
-// f(block) for each of `blocks`, each of about `elements` elements of work. Sums kept per block
-// do not depend on the number of threads.
-template <class F>
-void for_each_block(int64_t blocks, int64_t elements, const F& f) {
-  int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) f(block);
-  });
-}
 
 // A fresh 262 MB output faults 64,000 small pages, half the time of a loss and its gradient.
 // Under transparent_hugepage=madvise (the default of many systems) it must be asked for.

@@ -41,8 +41,7 @@ TORCHFAST_END_ISA
 #undef TORCHFAST_VECTOR_BYTES
 
 // f of the namespace of this machine's instruction set.
-#define TORCHFAST_DISPATCH(f)                                              \
-  (isa() == Isa::avx512 ? avx512::f : isa() == Isa::avx2 ? avx2::f : baseline::f)
+#define TORCHFAST_DISPATCH(f) (isa() == Isa::avx512 ? avx512::f : isa() == Isa::avx2 ? avx2::f : baseline::f)
 #else
 #define TORCHFAST_DISPATCH(f) baseline::f
 #endif

@@ -67,6 +67,44 @@ TORCHFAST_INLINE Vec<R> load(const R* p) {
   return v;
 }
 
+// The same bit arithmetic on one word and on a vector of them; F is the float(s) of W's size.
+template <class F, class W>
+TORCHFAST_INLINE F from_f16(W w) {
+  W magnitude = (w & 0x7fff) << 13;
+  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; inf and NaN by hand.
+  W finite = bit_cast<W>(bit_cast<F>(magnitude) * 0x1p112f);
+  return bit_cast<F>((magnitude >= (0x7c00u << 13) ? magnitude | (0xffu << 23) : finite) | (w & 0x8000)
+                                                                                               << 16);
+}
+
+template <class W, class F>
+TORCHFAST_INLINE W to_f16(F v) {
+  W w = bit_cast<W>(v);
+  W magnitude = w & 0x7fffffff;
+  W normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  W subnormal = bit_cast<W>(bit_cast<F>(magnitude) + 0.5f) - (126u << 23);
+  W h = magnitude < (113u << 23) ? subnormal : normal;
+  h = magnitude >= 0x477ff000 ? W{} + 0x7c00 : h;  // 65520 and more, inf
+  h = magnitude > 0x7f800000 ? W{} + 0x7e00 : h;
+  return h | (w & 0x80000000) >> 16;
+}
+
+template <class W, class F>
+TORCHFAST_INLINE W to_bf16(F v) {
+  W w = bit_cast<W>(v);
+  W rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  return (w & 0x7fffffff) > 0x7f800000 ? W{} + 0x7fc0 : rounded;
+}
+
+TORCHFAST_INLINE float to_real(float x) { return x; }
+TORCHFAST_INLINE double to_real(double x) { return x; }
+TORCHFAST_INLINE float to_real(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+TORCHFAST_INLINE float to_real(f16 x) { return from_f16<float>(uint32_t(x.bits)); }
+TORCHFAST_INLINE void from_real(float* p, float x) { *p = x; }
+TORCHFAST_INLINE void from_real(double* p, double x) { *p = x; }
+TORCHFAST_INLINE void from_real(bf16* p, float x) { p->bits = to_bf16<uint32_t>(x); }
+TORCHFAST_INLINE void from_real(f16* p, float x) { p->bits = to_f16<uint32_t>(x); }
+
 template <class R>
 TORCHFAST_INLINE Vec<R> load(const bf16* p) {
   HalfBits h;
@@ -78,12 +116,7 @@ template <class R>
 TORCHFAST_INLINE Vec<R> load(const f16* p) {
   HalfBits h;
   __builtin_memcpy(&h, p, sizeof(h));
-  WordBits w = __builtin_convertvector(h, WordBits);
-  WordBits magnitude = (w & 0x7fff) << 13;
-  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; inf and NaN by hand.
-  WordBits finite = bit_cast<WordBits>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
-  WordBits special = magnitude | (0xffu << 23);
-  return bit_cast<Vec<float>>((magnitude >= (0x7c00u << 13) ? special : finite) | (w & 0x8000) << 16);
+  return from_f16<Vec<float>>(__builtin_convertvector(h, WordBits));
 }
 
 template <class R>
@@ -92,23 +125,13 @@ TORCHFAST_INLINE void store(R* p, Vec<R> v) {
 }
 
 TORCHFAST_INLINE void store(bf16* p, Vec<float> v) {
-  WordBits w = bit_cast<WordBits>(v);
-  WordBits rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  WordBits result = v == v ? rounded : WordBits{} + 0x7fc0;
-  HalfBits h = __builtin_convertvector(result, HalfBits);
+  HalfBits h = __builtin_convertvector(to_bf16<WordBits>(v), HalfBits);
   __builtin_memcpy(p, &h, sizeof(h));
 }
 
 TORCHFAST_INLINE void store(f16* p, Vec<float> v) {
-  WordBits w = bit_cast<WordBits>(v);
-  WordBits magnitude = w & 0x7fffffff;
-  WordBits normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  WordBits subnormal = bit_cast<WordBits>(bit_cast<Vec<float>>(magnitude) + 0.5f) - (126u << 23);
-  WordBits h = magnitude < (113u << 23) ? subnormal : normal;
-  h = magnitude >= 0x477ff000 ? WordBits{} + 0x7c00 : h;  // 65520 and more, inf
-  h = v == v ? h : WordBits{} + 0x7e00;
-  HalfBits half = __builtin_convertvector(h | (w & 0x80000000) >> 16, HalfBits);
-  __builtin_memcpy(p, &half, sizeof(half));
+  HalfBits h = __builtin_convertvector(to_f16<WordBits>(v), HalfBits);
+  __builtin_memcpy(p, &h, sizeof(h));
 }
 
 // A partial vector: n < lanes elements; the other lanes read as 0.
@@ -178,6 +201,21 @@ TORCHFAST_INLINE R max_lanes(Vec<R> v) {
   R max = v[0];
   for (int i = 1; i < Simd<R>::lanes; ++i) max = v[i] > max ? v[i] : max;
   return max;
+}
+
+// Half precision (or R itself) to R, and back.
+template <class R, class T>
+void widen(const T* x, R* z, int64_t n) {
+  for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
+    store_n<R>(z + i, load_n<R>(x + i, count), count);
+  });
+}
+
+template <class R, class T>
+void narrow(const R* g, T* out, int64_t n) {
+  for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
+    store_n<R>(out + i, load_n<R>(g + i, count), count);
+  });
 }
 
 // ---- Functions ------------------------------------------------------------------------------

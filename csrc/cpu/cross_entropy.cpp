@@ -9,6 +9,7 @@
 // Measured and dropped: see PERFORMANCE notes at the end of this header.
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -37,8 +38,8 @@ struct Arguments {
 namespace torchfast::TORCHFAST_ISA {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // elements of a row that stay in L1 between its two passes
-constexpr int64_t kRowClasses = 64;
+constexpr int64_t kChunk = 4096;     // elements of a row that stay in L1 between its two passes
+constexpr int64_t kRowClasses = 64;  // from here on a row is worth a walk of its own
 constexpr int64_t kTileElements = 8192;
 
 // What u_c, the weighted target distribution, looks like along a row (the index target's own
@@ -76,20 +77,6 @@ TORCHFAST_INLINE Focal<R> focal_terms(Vec<R> d, Vec<R> e, Vec<R> rest, Vec<R> lo
 
 // ---- Rows ------------------------------------------------------------------------------------
 
-template <class R, class T>
-void widen(const T* x, R* z, int64_t n) {
-  for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
-    store_n<R>(z + i, load_n<R>(x + i, count), count);
-  });
-}
-
-template <class R, class T>
-void narrow(const R* g, T* out, int64_t n) {
-  for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
-    store_n<R>(out + i, load_n<R>(g + i, count), count);
-  });
-}
-
 template <class R>
 void transform(R* z, int64_t n, R scale, R softcap) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
@@ -126,18 +113,30 @@ R chunk_max(const R* z, int64_t n) {
 
 template <class R>
 int64_t chunk_count(const R* z, int64_t n, R value) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += z[i] == value;
-  return count;
+  IntVec<R> found[4] = {};
+  for_each_vec<R>(n, [&](int64_t i, int k, auto count) __attribute__((always_inline)) {
+    found[k] -= only_n<R>(load_n<R>(z + i, count), count, R(NAN)) == value;
+  });
+  IntVec<R> all = found[0] + found[1] + found[2] + found[3];
+  int64_t sum = 0;
+  for (int lane = 0; lane < Simd<R>::lanes; ++lane) sum += all[lane];
+  return sum;
 }
 
+// What makes u_c besides the index target's own class.
+template <class R>
+struct Weights {
+  const R* classes;  // w a e/K of each class; w a for probabilities
+  const R* probs;    // probabilities y of this row or tile
+  R keep, uniform;   // 1-e, e/K
+};
+
 template <class R, U kind>
-TORCHFAST_INLINE Vec<R> row_u(const R* classes, const R* probs, R keep, R uniform, int64_t i,
-                              auto count) {
-  if constexpr (kind == U::uniform) return splat(uniform);
-  if constexpr (kind == U::classes) return load_n<R>(classes + i, count);  // already times e/K
+TORCHFAST_INLINE Vec<R> row_u(const Weights<R>& w, int64_t i, auto count) {
+  if constexpr (kind == U::uniform) return splat(w.uniform);
+  if constexpr (kind == U::classes) return load_n<R>(w.classes + i, count);
   if constexpr (kind == U::probs)
-    return load_n<R>(classes + i, count) * (load_n<R>(probs + i, count) * keep + uniform);
+    return load_n<R>(w.classes + i, count) * (load_n<R>(w.probs + i, count) * w.keep + w.uniform);
   return splat<R>(0);
 }
 
@@ -147,41 +146,39 @@ struct Sums {
   double ud = 0;    // sum of u (z - m)
 };
 
+// `ahead`: memory to prefetch meanwhile, or this pass would leave it idle.
 template <class R, U kind>
-Sums chunk_sums(const R* z, const R* classes, const R* probs, R keep, R uniform,
-                                 R m, int64_t n) {
+Sums chunk_sums(const R* z, const Weights<R>& w, R m, int64_t n, const char* ahead) {
   Vec<R> rest[4] = {}, us[4] = {}, ud[4] = {};
   for_each_vec<R>(n, [&](int64_t i, int k, auto count) __attribute__((always_inline)) {
+    __builtin_prefetch(ahead + i * sizeof(R));
     Vec<R> d = load_n<R>(z + i, count) - m;
     rest[k] += only_n<R>(d == 0 ? splat<R>(0) : exp_nonpositive(d), count, R(0));
     if constexpr (kind == U::uniform) ud[k] += only_n<R>(d, count, R(0));
     if constexpr (kind == U::classes || kind == U::probs) {
-      Vec<R> u = only_n<R>(row_u<R, kind>(classes, probs, keep, uniform, i, count), count, R(0));
+      Vec<R> u = only_n<R>(row_u<R, kind>(w, i, count), count, R(0));
       us[k] += u;
       ud[k] += u == 0 ? u : u * d;
     }
   });
   auto total = [](const Vec<R>* v) __attribute__((always_inline)) {
-    return sum_lanes<R>(v[0]) + sum_lanes<R>(v[1]) + sum_lanes<R>(v[2]) + sum_lanes<R>(v[3]);
+    return sum_lanes<R>(v[0] + v[1]) + sum_lanes<R>(v[2] + v[3]);
   };
   if constexpr (kind == U::uniform)
-    return {total(rest), double(uniform) * n, double(uniform) * total(ud)};
+    return {total(rest), double(w.uniform) * n, double(w.uniform) * total(ud)};
   return {total(rest), total(us), total(ud)};
 }
 
-template <class R>
 struct FocalSums {
   double loss = 0, u_psi = 0;
 };
 
 template <class R, U kind>
-FocalSums<R> chunk_focal(const R* z, const R* classes, const R* probs, R keep,
-                                          R uniform, R m, R rest, R log1p_rest, R gamma,
-                                          int64_t n) {
+FocalSums chunk_focal(const R* z, const Weights<R>& w, R m, R rest, R log1p_rest, R gamma, int64_t n) {
   Vec<R> loss{}, u_psi{};
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
     Vec<R> d = load_n<R>(z + i, count) - m;
-    Vec<R> u = only_n<R>(row_u<R, kind>(classes, probs, keep, uniform, i, count), count, R(0));
+    Vec<R> u = only_n<R>(row_u<R, kind>(w, i, count), count, R(0));
     Focal<R> f = focal_terms<R>(d, exp_nonpositive(d), splat(rest), splat(log1p_rest), gamma);
     loss += u == 0 ? u : u * f.loss;
     u_psi += u == 0 ? u : u * f.psi;
@@ -189,17 +186,16 @@ FocalSums<R> chunk_focal(const R* z, const R* classes, const R* probs, R keep,
   return {sum_lanes<R>(loss), sum_lanes<R>(u_psi)};
 }
 
-// g_j = upstream * (u_j psi_j) + per_exp * exp(z_j - m)
+// g_j = upstream * (u_j psi_j) + per_exp * exp(z_j - m); z and g may be the same memory.
 template <class R, U kind, bool focal>
-void chunk_gradient(const R* z, R* g, const R* classes, const R* probs, R keep,
-                                     R uniform, R m, R rest, R log1p_rest, R gamma, R upstream,
-                                     R per_exp, int64_t n) {
+void chunk_gradient(const R* z, R* g, const Weights<R>& w, R m, R rest, R log1p_rest, R gamma, R upstream,
+                    R per_exp, int64_t n) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
     Vec<R> d = load_n<R>(z + i, count) - m;
     Vec<R> e = exp_nonpositive(d);
     Vec<R> v = e * per_exp;
     if constexpr (kind != U::none) {
-      Vec<R> u = row_u<R, kind>(classes, probs, keep, uniform, i, count) * upstream;
+      Vec<R> u = row_u<R, kind>(w, i, count) * upstream;
       if constexpr (focal) {
         Focal<R> f = focal_terms<R>(d, e, splat(rest), splat(log1p_rest), gamma);
         v += u == 0 ? u : u * f.psi;
@@ -213,45 +209,48 @@ void chunk_gradient(const R* z, R* g, const R* classes, const R* probs, R keep,
 
 // ---- Tiles: lanes are positions, z is [classes][width] ----------------------------------------
 
-template <class R>
-struct TileRow {  // per position, `width` of each
-  R *m, *rest, *u_psi, *loss, *own_u, *upstream;
-  Int<R>* target;  // -1: none
-};
+constexpr int kNone = -1, kIgnored = -2;  // in place of a target class: probabilities; no row
 
 template <class R>
-struct TileU {
-  const R* classes;  // per class, or null
-  const R* probs;    // [classes][width], or null
-  R keep, uniform;
+struct Tile {
+  R* z;
+  int64_t classes, width, n;  // lanes n .. width-1 idle
+  Weights<R> weights;
+  const Int<R>* target;
+  const R* own_u;  // (1-e) w_t a_t, or null where it is 1-e
 };
 
+// u_c of the lanes; the own class of an index target included.
 template <class R>
-TORCHFAST_INLINE Vec<R> tile_u(const TileU<R>& u, const TileRow<R>& row, int64_t c, int64_t width,
-                               int64_t i, IntVec<R> target, Vec<R> own_u) {
-  if (u.probs) return (load<R>(u.probs + c * width + i) * u.keep + u.uniform) * u.classes[c];
-  return u.classes[c] + (target == Int<R>(c) ? own_u : splat<R>(0));
+TORCHFAST_INLINE Vec<R> tile_u(const Tile<R>& t, int64_t c, int64_t i, IntVec<R> target, Vec<R> own_u) {
+  const Weights<R>& w = t.weights;
+  if (w.probs) return (load<R>(w.probs + c * t.width + i) * w.keep + w.uniform) * w.classes[c];
+  return w.classes[c] + (target == Int<R>(c) ? own_u : splat<R>(0));
 }
 
-// dense: u has more than the index target's own class.
+// Writes m, rest and sum u psi to `stats` (planes `rows` apart) and the loss to `loss` (or null).
+// dense: u has more than the index target's own class. Returns the sum of the losses.
 template <class R, bool dense, bool focal>
-void tile_forward(const R* z, const TileU<R>& tile, const TileRow<R>& row,
-                                   int64_t classes, int64_t width, R gamma, R z_loss) {
+double tile_forward(const Tile<R>& t, R gamma, R z_loss, const R* sample, R* stats, int64_t rows,
+                    R* loss_out) {
   constexpr int L = Simd<R>::lanes;
-  for (int64_t i = 0; i < width; i += L) {
+  Vec<R> sum{};
+  for (int64_t i = 0; i < t.width; i += L) {
+    const R* z = t.z + i;
     Vec<R> m = splat(-std::numeric_limits<R>::infinity());
-    for (int64_t c = 0; c < classes; ++c) {
-      Vec<R> v = load<R>(z + c * width + i);
+    for (int64_t c = 0; c < t.classes; ++c) {
+      Vec<R> v = load<R>(z + c * t.width);
       m = v > m ? v : m;
     }
     IntVec<R> target;
-    __builtin_memcpy(&target, row.target + i, sizeof(target));
-    Vec<R> own_u = load<R>(row.own_u + i), own_d{};
-    Vec<R> rest{}, ties = splat<R>(-1);
-    for (int64_t block = 0; block < classes; block += 64) {  // two-level sum: 64 terms, then blocks
+    __builtin_memcpy(&target, t.target + i, sizeof(target));
+    Vec<R> own_u = t.own_u ? load<R>(t.own_u + i) : splat(t.weights.keep);
+    own_u = target >= 0 ? own_u : splat<R>(0);
+    Vec<R> own_d{}, rest{}, ties = splat<R>(-1);
+    for (int64_t block = 0; block < t.classes; block += 64) {  // two-level sum: 64 terms, then blocks
       Vec<R> part{};
-      for (int64_t c = block; c < std::min(block + 64, classes); ++c) {
-        Vec<R> d = load<R>(z + c * width + i) - m;
+      for (int64_t c = block; c < std::min(block + 64, t.classes); ++c) {
+        Vec<R> d = load<R>(z + c * t.width) - m;
         part += d == 0 ? splat<R>(0) : exp_nonpositive(d);
         ties += d == 0 ? splat<R>(1) : splat<R>(0);
         own_d = target == Int<R>(c) ? d : own_d;
@@ -264,17 +263,16 @@ void tile_forward(const R* z, const TileU<R>& tile, const TileRow<R>& row,
     if constexpr (!dense) {
       if constexpr (focal) {
         auto f = focal_terms<R>(own_d, exp_nonpositive(own_d), rest, log1p_rest, gamma);
-        loss = own_u * f.loss;
+        loss = own_u == 0 ? own_u : own_u * f.loss;
         u_psi = own_u * f.psi;
       } else {
-        loss = own_u * (log1p_rest - own_d);
+        loss = own_u == 0 ? own_u : own_u * (log1p_rest - own_d);
         u_psi = -own_u;
       }
-      loss = own_u == 0 ? own_u : loss;
     } else {
-      for (int64_t c = 0; c < classes; ++c) {
-        Vec<R> d = load<R>(z + c * width + i) - m;
-        Vec<R> u = tile_u<R>(tile, row, c, width, i, target, own_u);
+      for (int64_t c = 0; c < t.classes; ++c) {
+        Vec<R> d = load<R>(z + c * t.width) - m;
+        Vec<R> u = tile_u<R>(t, c, i, target, own_u);
         if constexpr (focal) {
           auto f = focal_terms<R>(d, exp_nonpositive(d), rest, log1p_rest, gamma);
           loss += u == 0 ? u : u * f.loss;
@@ -289,32 +287,48 @@ void tile_forward(const R* z, const TileU<R>& tile, const TileRow<R>& row,
       Vec<R> lse = m + log1p_rest;
       loss += lse * lse * z_loss;
     }
-    store(row.m + i, m);
-    store(row.rest + i, rest);
-    store(row.u_psi + i, u_psi);
-    store(row.loss + i, loss);
+    int64_t n = std::min<int64_t>(L, t.n - i);
+    if (n <= 0) break;
+    auto finish = [&](auto count) __attribute__((always_inline)) {
+      if (sample) loss = loss * load_n<R>(sample + i, count);
+      IntVec<R> counts = target > kIgnored;
+      auto keep = [&](Vec<R> v) __attribute__((always_inline)) { return counts ? v : splat<R>(0); };
+      loss = keep(loss);
+      sum += loss;
+      store_n<R>(stats + i, keep(m), count);
+      store_n<R>(stats + rows + i, keep(rest), count);
+      store_n<R>(stats + 2 * rows + i, keep(u_psi), count);
+      if (loss_out) store_n<R>(loss_out + i, loss, count);
+    };
+    if (n == L)
+      finish(std::integral_constant<int64_t, L>{});
+    else
+      finish(n);
   }
+  return sum_lanes<R>(sum);
 }
 
-// z becomes the gradient with respect to z.
+// z becomes the gradient with respect to the logits; `upstream` has `width` values.
 template <class R, bool dense, bool focal>
-void tile_backward(R* z, const TileU<R>& tile, const TileRow<R>& row,
-                                    int64_t classes, int64_t width, R gamma, R z_loss, R scale,
-                                    R softcap) {
+void tile_backward(const Tile<R>& t, R gamma, R z_loss, R scale, R softcap, const R* stats, int64_t rows,
+                   const R* upstreams) {
   constexpr int L = Simd<R>::lanes;
-  for (int64_t i = 0; i < width; i += L) {
-    Vec<R> m = load<R>(row.m + i), rest = load<R>(row.rest + i), u_psi = load<R>(row.u_psi + i);
-    Vec<R> upstream = load<R>(row.upstream + i), own_u = load<R>(row.own_u + i) * upstream;
+  for (int64_t i = 0; i < t.width; i += L) {
+    int64_t n = std::min<int64_t>(L, t.n - i);
+    if (n <= 0) break;
+    auto stat = [&](int k) __attribute__((always_inline)) {
+      return n == L ? load<R>(stats + k * rows + i) : load_first<R>(stats + k * rows + i, n);
+    };
+    Vec<R> m = stat(0), rest = stat(1), u_psi = stat(2), upstream = load<R>(upstreams + i);
     IntVec<R> target;
-    __builtin_memcpy(&target, row.target + i, sizeof(target));
-    Vec<R> log1p_rest{};
+    __builtin_memcpy(&target, t.target + i, sizeof(target));
+    Vec<R> own_u = t.own_u ? load<R>(t.own_u + i) : splat(t.weights.keep);
+    Vec<R> log1p_rest{}, per_exp = -u_psi, own = u_psi * upstream;
     if (focal || z_loss != 0) log1p_rest = log1p_nonnegative(rest);
-    Vec<R> per_exp = -u_psi;
     if (z_loss != 0) per_exp += (m + log1p_rest) * (R(2) * z_loss);
     per_exp = per_exp * upstream / (rest + R(1));
-    Vec<R> own = u_psi * upstream;
-    for (int64_t c = 0; c < classes; ++c) {
-      R* zc = z + c * width + i;
+    for (int64_t c = 0; c < t.classes; ++c) {
+      R* zc = t.z + c * t.width + i;
       Vec<R> value = load<R>(zc);
       Vec<R> d = value - m;
       Vec<R> e = exp_nonpositive(d);
@@ -322,8 +336,7 @@ void tile_backward(R* z, const TileU<R>& tile, const TileRow<R>& row,
       if constexpr (!dense) {
         g += target == Int<R>(c) ? own : splat<R>(0);
       } else {
-        Vec<R> u = tile_u<R>(tile, row, c, width, i, target, splat<R>(0)) * upstream;
-        u += target == Int<R>(c) ? own_u : splat<R>(0);
+        Vec<R> u = tile_u<R>(t, c, i, target, own_u) * upstream;
         if constexpr (focal) {
           auto f = focal_terms<R>(d, e, rest, log1p_rest, gamma);
           g += u == 0 ? u : u * f.psi;
@@ -338,36 +351,7 @@ void tile_backward(R* z, const TileU<R>& tile, const TileRow<R>& row,
   }
 }
 
-// ---- Arguments -------------------------------------------------------------------------------
-
-double to_double(float x) { return x; }
-double to_double(double x) { return x; }
-double to_double(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-double to_double(f16 x) {
-  Vec<float> v = load_first<float>(&x, 1);
-  return v[0];
-}
-template <class T, class R>
-T from_real(R x) {
-  if constexpr (std::is_same_v<T, R>) {
-    return x;
-  } else {
-    T result;
-    store_first<float>(&result, splat<float>(x), 1);
-    return result;
-  }
-}
-
-int64_t load_index(const void* p, ScalarType dtype, int64_t i) {
-  switch (dtype) {
-    case ScalarType::Long: return static_cast<const int64_t*>(p)[i];
-    case ScalarType::Int: return static_cast<const int32_t*>(p)[i];
-    case ScalarType::Short: return static_cast<const int16_t*>(p)[i];
-    case ScalarType::Char: return static_cast<const int8_t*>(p)[i];
-    case ScalarType::Byte: return static_cast<const uint8_t*>(p)[i];
-    default: return -1;
-  }
-}
+// ---- Arguments, in the form the kernels read ---------------------------------------------------
 
 bool is_float(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
@@ -382,79 +366,90 @@ Tensor as_contiguous(const Tensor& x, ScalarType dtype) {
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
-// Memory of one tile, per thread.
 template <class R>
-struct TileBuffers {
-  TileBuffers(int64_t classes, int64_t width, bool probs)
-      : z(classes * width), y(probs ? classes * width : 0), rows(6 * width), target(width) {
-    R* p = rows.data();
-    row = {p, p + width, p + 2 * width, p + 3 * width, p + 4 * width, p + 5 * width, target.data()};
+const R* data(const Tensor& x) {
+  return static_cast<const R*>(x.const_data_ptr());
+}
+
+// Calls f with the data as a pointer to its own type.
+template <class F>
+auto with_index_type(const Tensor& x, const F& f) {
+  const void* p = x.const_data_ptr();
+  switch (x.scalar_type()) {
+    case ScalarType::Int: return f(static_cast<const int32_t*>(p));
+    case ScalarType::Short: return f(static_cast<const int16_t*>(p));
+    case ScalarType::Char: return f(static_cast<const int8_t*>(p));
+    case ScalarType::Byte: return f(static_cast<const uint8_t*>(p));
+    default: return f(static_cast<const int64_t*>(p));
   }
-  std::vector<R> z, y, rows;
-  std::vector<Int<R>> target;
-  TileRow<R> row;
+}
+
+// One thread's memory: a tile, or chunks of a row.
+template <class R>
+struct Scratch {
+  Scratch(int64_t size, int64_t positions)
+      : z(new R[size]),
+        y(new R[size]),
+        g(new R[size]),
+        own_u(new R[positions]),
+        upstream(new R[positions]),
+        target(new Int<R>[positions]) {}
+  std::unique_ptr<R[]> z, y, g, own_u, upstream;
+  std::unique_ptr<Int<R>[]> target;
 };
 
-// The arguments both passes share, in the form the kernels read.
 template <class T, class R>
 struct Problem {
   Problem(const Arguments& arguments, const Tensor* gradient)
       : a(arguments),
         class_dim(a.logits.dim() == 1 ? 0 : 1),
         classes(a.logits.size(class_dim)),
+        class_stride(a.logits.stride(class_dim)),
         probabilities(is_float(a.target.scalar_type())),
         target(readable_target()),
-        positions(a.logits, class_dim, {&a.logits, probabilities ? &target : nullptr, gradient}) {
+        positions(a.logits, class_dim, {&a.logits, probabilities ? &target : nullptr, gradient}),
+        rows(positions.count()) {
     check();
     keep = R(1 - a.label_smoothing);
     uniform = R(a.label_smoothing / classes);
     bool weighted = a.weight || a.alpha;
     class_u.assign(classes, probabilities ? R(1) : uniform);
-    if (a.weight) class_weight.assign(classes, R(1));
     if (weighted) own.assign(classes, keep);
     for (const auto* source : {&a.weight, &a.alpha}) {
       if (!*source) continue;
-      Tensor contiguous = as_contiguous(**source, real_type<R>);
-      const R* values = static_cast<const R*>(contiguous.const_data_ptr());
-      int64_t step = contiguous.numel() == 1 ? 0 : 1;
+      Tensor factor = as_contiguous(**source, real_type<R>);
+      int64_t step = factor.numel() == 1 ? 0 : 1;
       for (int64_t c = 0; c < classes; ++c) {
-        class_u[c] *= values[c * step];
-        own[c] *= values[c * step];
-        if (source == &a.weight) class_weight[c] = values[c * step];
+        class_u[c] *= data<R>(factor)[c * step];
+        own[c] *= data<R>(factor)[c * step];
       }
+      if (source == &a.weight) class_weight.assign(data<R>(factor), data<R>(factor) + classes);
     }
     if (a.sample_weight) {
-      sample_weight_tensor = as_contiguous(*a.sample_weight, real_type<R>);
-      sample_weight = static_cast<const R*>(sample_weight_tensor->const_data_ptr());
+      sample_weight = as_contiguous(*a.sample_weight, real_type<R>);
+      samples = data<R>(*sample_weight);
     }
-    if (probabilities)
-      kind = U::probs;
-    else if (a.label_smoothing == 0)
-      kind = U::none;
-    else
-      kind = weighted ? U::classes : U::uniform;
+    kind = probabilities ? U::probs : a.label_smoothing == 0 ? U::none : weighted ? U::classes : U::uniform;
     x = static_cast<const T*>(a.logits.const_data_ptr());
-    t = target.const_data_ptr();
-    by_rows = classes >= kRowClasses && a.logits.stride(class_dim) == 1;
-    width = std::clamp<int64_t>(kTileElements / classes, 16, 512) / 16 * 16;
-    per_block = by_rows ? std::max<int64_t>(1, 16384 / classes) : width;
-    blocks = (positions.count() + per_block - 1) / per_block;
+    by_rows = classes >= kRowClasses && class_stride == 1;
+    per_block = by_rows ? std::max<int64_t>(1, 16384 / classes)
+                        : std::clamp<int64_t>(kTileElements / classes, kLanes, 512) / kLanes * kLanes;
+    blocks = (rows + per_block - 1) / per_block;
   }
 
-  // Probabilities as R or half precision, indices as an integer type that load_index reads.
+  // Probabilities as R or half precision, indices as an integer type that with_index_type knows.
   Tensor readable_target() const {
     auto dtype = a.target.scalar_type();
     if (probabilities) {
       bool staged = dtype == real_type<R> || (std::is_same_v<R, float> && dtype != ScalarType::Double);
       return staged ? a.target : torch::stable::to(a.target, real_type<R>);
     }
-    bool known = dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Short ||
-                 dtype == ScalarType::Char || dtype == ScalarType::Byte;
+    bool known = dtype == ScalarType::Int || dtype == ScalarType::Short || dtype == ScalarType::Char ||
+                 dtype == ScalarType::Byte;
     return as_contiguous(a.target, known ? dtype : ScalarType::Long);
   }
 
   void check() const {  // memory safety for direct callers of the op; the messages are the public function's
-    int64_t rows = positions.count();
     STD_TORCH_CHECK(classes > 0, "input must have at least one class");
     bool same_shape = a.target.dim() == a.logits.dim();
     for (int64_t d = 0; same_shape && d < a.logits.dim(); ++d)
@@ -470,141 +465,176 @@ struct Problem {
     STD_TORCH_CHECK(a.target.is_cpu(), "target must be on the CPU");
   }
 
-  // The index target of position i, or -1 for an ignored row. An illegal one is noted, and ignored.
-  int64_t index(int64_t i) {
-    if (probabilities) return 0;
-    int64_t value = load_index(t, target.scalar_type(), i);
-    if (value == a.ignore_index) return -1;
-    if (value >= 0 && value < classes) return value;
-    int64_t seen = first_bad.load(std::memory_order_relaxed);
-    while (i < seen && !first_bad.compare_exchange_weak(seen, i)) {
-    }
-    return -1;
-  }
-  void throw_if_out_of_range() const {
+  // f(first position, number of positions, block, scratch) with scratch.target decoded.
+  template <class F>
+  void for_each_block(const F& f) {
+    int64_t size = by_rows ? std::min(kChunk, classes) : classes * per_block;
+    int64_t grain = std::max<int64_t>(1, kGrainElements / (per_block * classes));
+    torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
+      Scratch<R> scratch(size, per_block);
+      for (int64_t block = from; block < to; ++block) {
+        int64_t begin = block * per_block, n = std::min(per_block, rows - begin);
+        decode(begin, n, scratch.target.get());
+        f(begin, n, block, scratch);
+      }
+    });
     int64_t i = first_bad.load();
     if (i == INT64_MAX) return;
-    throw std::out_of_range("target " + std::to_string(load_index(t, target.scalar_type(), i)) +
-                            " is out of range: allowed are 0 to " + std::to_string(classes - 1) +
-                            " and ignore_index");
+    int64_t value = with_index_type(target, [&](auto* t) { return int64_t(t[i]); });
+    throw std::out_of_range("target " + std::to_string(value) + " is out of range: allowed are 0 to " +
+                            std::to_string(classes - 1) + " and ignore_index");
   }
-  R own_u(int64_t index) const {
-    if (probabilities || index < 0) return 0;
-    return own.empty() ? keep : own[index];
+
+  // Target classes of positions begin .. begin+n-1. Rows of sample weight 0 are ignored; so is an
+  // illegal class, once it is noted.
+  void decode(int64_t begin, int64_t n, Int<R>* out) {
+    if (probabilities) {
+      std::fill_n(out, n, kNone);
+    } else {
+      bool bad = with_index_type(target, [&](auto* t) {
+        bool any = false;
+        for (int64_t j = 0; j < n; ++j) {
+          int64_t value = t[begin + j];
+          bool legal = uint64_t(value) < uint64_t(classes), counts = value != a.ignore_index;
+          out[j] = legal && counts ? Int<R>(value) : kIgnored;
+          any |= counts && !legal;
+        }
+        return any;
+      });
+      if (bad) note_first_bad(begin, n);
+    }
+    for (int64_t j = 0; samples && j < n; ++j)
+      if (samples[begin + j] == 0) out[j] = kIgnored;
   }
-  double sample(int64_t i) const { return sample_weight ? double(sample_weight[i]) : 1.0; }
-  double divisor_term(int64_t index) const {
-    return class_weight.empty() || probabilities ? 1.0 : double(class_weight[index]);
+  void note_first_bad(int64_t begin, int64_t n) {
+    with_index_type(target, [&](auto* t) {
+      int64_t i = begin;
+      while (int64_t(t[i]) == a.ignore_index || uint64_t(int64_t(t[i])) < uint64_t(classes)) ++i;
+      int64_t seen = first_bad.load();
+      while (i < seen && !first_bad.compare_exchange_weak(seen, i)) {
+      }
+    });
   }
+
+  R own_u(Int<R> t) const { return t < 0 ? R(0) : own.empty() ? keep : own[t]; }
+
+  double divisor(int64_t begin, int64_t n, const Int<R>* targets) const {
+    if (class_weight.empty() && !samples) {
+      int64_t count = 0;
+      for (int64_t j = 0; j < n; ++j) count += targets[j] != kIgnored;
+      return count;
+    }
+    double sum = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      if (targets[j] == kIgnored) continue;
+      double weight = targets[j] >= 0 && !class_weight.empty() ? class_weight[targets[j]] : R(1);
+      sum += samples ? weight * samples[begin + j] : weight;
+    }
+    return sum;
+  }
+
+  // ---- Staging: strides and half precision are dealt with here, in cache
 
   // n values from p (stride apart) as R in `buffer`, or p itself where it is that already.
   template <class S>
   static const R* stage(const S* p, int64_t stride, int64_t n, R* buffer) {
     if (stride != 1) {
-      for (int64_t c = 0; c < n; ++c) buffer[c] = R(to_double(p[c * stride]));
+      for (int64_t c = 0; c < n; ++c) buffer[c] = to_real(p[c * stride]);
       return buffer;
     }
-    if constexpr (std::is_same_v<S, R>) {
+    if constexpr (std::is_same_v<S, R>)
       return p;
-    } else {
+    else {
       widen<R>(p, buffer, n);
       return buffer;
     }
   }
-  const R* stage_logits(int64_t i, int64_t c, int64_t n, R* buffer) const {
-    int64_t stride = a.logits.stride(class_dim);
-    const R* z = stage(x + positions.offset(i, 0) + c * stride, stride, n, buffer);
-    if (a.transformed()) {
-      if (z != buffer) std::copy(z, z + n, buffer);
-      transform<R>(buffer, n, R(a.logit_scale), R(a.softcap));
-      return buffer;
-    }
-    return z;
+  const R* stage_logits(const T* row, int64_t c, int64_t n, R* buffer) const {
+    const R* z = stage(row + c * class_stride, class_stride, n, buffer);
+    if (!a.transformed()) return z;
+    if (z != buffer) std::copy(z, z + n, buffer);
+    transform<R>(buffer, n, R(a.logit_scale), R(a.softcap));
+    return buffer;
   }
-  // f(pointer to the probabilities as their own type)
   template <class F>
   auto with_probs(const F& f) const {
-    auto dtype = target.scalar_type();
+    const void* p = target.const_data_ptr();
     if constexpr (std::is_same_v<R, float>) {
-      if (dtype == ScalarType::BFloat16) return f(static_cast<const bf16*>(t));
-      if (dtype == ScalarType::Half) return f(static_cast<const f16*>(t));
+      if (target.scalar_type() == ScalarType::BFloat16) return f(static_cast<const bf16*>(p));
+      if (target.scalar_type() == ScalarType::Half) return f(static_cast<const f16*>(p));
     }
-    return f(static_cast<const R*>(t));
+    return f(static_cast<const R*>(p));
   }
-  const R* stage_probs(int64_t i, int64_t c, int64_t n, R* buffer) const {
-    if (!probabilities) return nullptr;
-    int64_t stride = target.stride(class_dim);
-    return with_probs([&](auto* y) {
-      return stage(y + positions.offset(i, 1) + c * stride, stride, n, buffer);
-    });
+  Weights<R> weights(int64_t i, int64_t c, int64_t n, R* buffer) const {
+    const R* probs = nullptr;
+    if (probabilities) {
+      int64_t stride = target.stride(class_dim);
+      probs = with_probs(
+          [&](auto* y) { return stage(y + positions.offset(i, 1) + c * stride, stride, n, buffer); });
+    }
+    return {class_u.data() + c, probs, keep, uniform};
   }
 
-  // Positions i .. i+n-1 of p as [classes][width]; idle lanes 0.
-  template <class S>
-  void stage_tile(const S* p, int k, int64_t class_stride, int64_t i, int64_t n, R* tile) const {
-    if (n < width) std::fill(tile, tile + classes * width, R(0));
-    if (positions.inner_stride(k) == 1 && positions.is_run(i, n)) {
-      const S* from = p + positions.offset(i, k);
-      for (int64_t c = 0; c < classes; ++c) widen<R>(from + c * class_stride, tile + c * width, n);
-      return;
-    }
-    for_each_offset(k, i, n, [&](int64_t j, int64_t offset) {
-      for (int64_t c = 0; c < classes; ++c) {
-        if constexpr (std::is_same_v<S, R>)
-          tile[c * width + j] = p[offset + c * class_stride];
-        else
-          tile[c * width + j] = R(to_double(p[offset + c * class_stride]));
-      }
-    });
-  }
-  // Fills z, y, target and own_u for positions i .. i+n-1.
-  TileU<R> load_tile(TileBuffers<R>& tile, int64_t i, int64_t n) {
-    stage_tile(x, 0, a.logits.stride(class_dim), i, n, tile.z.data());
-    if (a.transformed()) transform<R>(tile.z.data(), classes * width, R(a.logit_scale), R(a.softcap));
-    if (probabilities)
-      with_probs([&](auto* y) { stage_tile(y, 1, target.stride(class_dim), i, n, tile.y.data()); });
-    for (int64_t j = 0; j < width; ++j) {
-      int64_t own_class = j < n ? index(i + j) : -1;
-      tile.row.target[j] = probabilities ? -1 : own_class;
-      tile.row.own_u[j] = own_u(own_class);
-    }
-    return {class_u.data(), probabilities ? tile.y.data() : nullptr, keep, uniform};
-  }
+  // Calls each(j, offset) for positions i .. i+n-1 of tensor k.
   template <class F>
-  void for_each_offset(int k, int64_t i, int64_t n, const F& f) const {
+  void for_each_offset(int k, int64_t i, int64_t n, const F& each) const {
     if (positions.is_run(i, n)) {
       int64_t base = positions.offset(i, k), step = positions.inner_stride(k);
-      for (int64_t j = 0; j < n; ++j) f(j, base + j * step);
+      for (int64_t j = 0; j < n; ++j) each(j, base + j * step);
     } else {
-      for (int64_t j = 0; j < n; ++j) f(j, positions.offset(i + j, k));
+      for (int64_t j = 0; j < n; ++j) each(j, positions.offset(i + j, k));
     }
   }
-  void unstage_tile(const R* tile, T* out, int64_t class_stride, int64_t i, int64_t n) const {
+  template <class S>
+  void stage_tile(const S* p, int k, int64_t stride, int64_t i, int64_t n, int64_t width, R* tile) const {
+    if (positions.inner_stride(k) == 1 && positions.is_run(i, n)) {
+      const S* from = p + positions.offset(i, k);
+      for (int64_t c = 0; c < classes; ++c) widen<R>(from + c * stride, tile + c * width, n);
+    } else {
+      for_each_offset(k, i, n, [&, stride, width, count = classes](int64_t j, int64_t offset) {
+        for (int64_t c = 0; c < count; ++c) tile[c * width + j] = to_real(p[offset + c * stride]);
+      });
+    }
+    for (int64_t c = 0; n < width && c < classes; ++c)
+      std::fill(tile + c * width + n, tile + (c + 1) * width, R(0));
+  }
+  void unstage_tile(const R* tile, T* out, int64_t stride, int64_t i, int64_t n, int64_t width) const {
     if (positions.inner_stride(2) == 1 && positions.is_run(i, n)) {
       T* to = out + positions.offset(i, 2);
-      for (int64_t c = 0; c < classes; ++c) narrow<R>(tile + c * width, to + c * class_stride, n);
-      return;
+      for (int64_t c = 0; c < classes; ++c) narrow<R>(tile + c * width, to + c * stride, n);
+    } else {
+      for_each_offset(2, i, n, [&, stride, width, count = classes](int64_t j, int64_t offset) {
+        for (int64_t c = 0; c < count; ++c) from_real(out + offset + c * stride, tile[c * width + j]);
+      });
     }
-    for_each_offset(2, i, n, [&](int64_t j, int64_t offset) {
-      for (int64_t c = 0; c < classes; ++c)
-        out[offset + c * class_stride] = from_real<T>(tile[c * width + j]);
-    });
+  }
+  Tile<R> tile(int64_t i, int64_t n, Scratch<R>& s) const {
+    int64_t width = (n + kLanes - 1) / kLanes * kLanes;
+    std::fill(s.target.get() + n, s.target.get() + width, kIgnored);
+    stage_tile(x, 0, class_stride, i, n, width, s.z.get());
+    if (a.transformed()) transform<R>(s.z.get(), classes * width, R(a.logit_scale), R(a.softcap));
+    if (probabilities)
+      with_probs([&](auto* y) { stage_tile(y, 1, target.stride(class_dim), i, n, width, s.y.get()); });
+    for (int64_t j = 0; !own.empty() && j < width; ++j) s.own_u[j] = own_u(s.target[j]);
+    Weights<R> weights{class_u.data(), probabilities ? s.y.get() : nullptr, keep, uniform};
+    return {s.z.get(), classes, width, n, weights, s.target.get(), own.empty() ? nullptr : s.own_u.get()};
   }
 
+  static constexpr int64_t kLanes = 16;  // a multiple of every Simd<R>::lanes
   const Arguments& a;
-  int64_t class_dim, classes;
+  int64_t class_dim, classes, class_stride;
   bool probabilities;
   Tensor target;
   Positions positions;
-  std::optional<Tensor> sample_weight_tensor;
-  const R* sample_weight = nullptr;
+  int64_t rows;
+  std::optional<Tensor> sample_weight;
+  const R* samples = nullptr;
   const T* x;
-  const void* t;
-  R keep, uniform;                           // 1-e, e/K
-  std::vector<R> class_u, class_weight, own;  // w a e/K (w a for probabilities); w; w a (1-e)
+  R keep, uniform;
+  std::vector<R> class_u, class_weight, own;  // see Weights::classes; w; (1-e) w a
   U kind;
   bool by_rows;
-  int64_t width, per_block, blocks;
+  int64_t per_block, blocks;
   std::atomic<int64_t> first_bad{INT64_MAX};
 };
 
@@ -626,6 +656,9 @@ void with_kind(U kind, const F& f) {
   }
 }
 
+// A focal sum over classes reads class_u for the uniform case too: one kernel less.
+constexpr U focal_kind(U kind) { return kind == U::uniform ? U::classes : kind; }
+
 // ---- Forward ---------------------------------------------------------------------------------
 
 template <class R>
@@ -635,247 +668,202 @@ struct RowResult {
 };
 
 template <U kind, class T, class R>
-RowResult<R> forward_row(const Problem<T, R>& problem, int64_t i, int64_t target) {
-  const Arguments& o = problem.a;
-  alignas(64) R z_buffer[kChunk], y_buffer[kChunk];
-  R m = -std::numeric_limits<R>::infinity(), z_target = 0;
-  double ties = 0;
+RowResult<R> forward_row(const Problem<T, R>& problem, int64_t i, Int<R> target, Scratch<R>& s) {
+  const Arguments& a = problem.a;
+  constexpr R lowest = -std::numeric_limits<R>::infinity();
+  const T* row = problem.x + problem.positions.offset(i, 0);
+  R m = lowest, z_target = 0;
+  double ties = 0;  // elements equal to m; rest is without all of them until the end
   Sums sums;
   for (int64_t c = 0; c < problem.classes; c += kChunk) {
     int64_t n = std::min(kChunk, problem.classes - c);
-    const R* z = problem.stage_logits(i, c, n, z_buffer);
-    const R* y = problem.stage_probs(i, c, n, y_buffer);
-    const R* u = problem.class_u.data() + c;
+    const R* z = problem.stage_logits(row, c, n, s.z.get());
+    Weights<R> w = problem.weights(i, c, n, s.y.get());
     if (target >= c && target < c + n) z_target = z[target - c];
     R chunk = chunk_max<R>(z, n);
     if (chunk > m) {
-      if (m > -std::numeric_limits<R>::infinity()) {
+      if (m > lowest) {
         sums.rest = (sums.rest + ties) * std::exp(double(m) - double(chunk));
         sums.ud += (double(m) - double(chunk)) * sums.u;
       }
       m = chunk;
       ties = 0;
     }
-    if (m == -std::numeric_limits<R>::infinity()) {
-      Sums& s = sums;
+    if (m == lowest) {  // nothing but -inf so far (or NaN): z - m is undefined, the sums are not
       for (int64_t j = 0; j < n; ++j) {
-        if (std::isnan(z[j])) s.rest = NAN;
-        R uj = kind == U::none ? R(0) : kind == U::probs ? u[j] * (y[j] * problem.keep + problem.uniform) : u[j];
-        s.u += uj;
-        if (uj != 0) s.ud = -INFINITY;
+        R u = kind == U::none    ? R(0)
+              : kind == U::probs ? w.classes[j] * (w.probs[j] * w.keep + w.uniform)
+                                 : w.classes[j];
+        sums.u += u;
+        if (u != 0) sums.ud = -INFINITY;
+        if (std::isnan(z[j])) sums.rest = NAN;
       }
       continue;
     }
     if (chunk == m) ties += chunk_count<R>(z, n, m);
-    Sums part = chunk_sums<R, kind>(z, u, y, problem.keep, problem.uniform, m, n);
+    Sums part = chunk_sums<R, kind>(z, w, m, n, reinterpret_cast<const char*>(row + c + n));
     sums.rest += part.rest;
     sums.u += part.u;
     sums.ud += part.ud;
   }
-  double rest = ties > 0 ? sums.rest + (ties - 1) : NAN;
-  double log1p_rest = std::log1p(rest);
-  double own_u = problem.own_u(target), own_d = double(z_target) - double(m);
-  double loss = 0, u_psi = 0;
+  double rest = ties > 0 ? sums.rest + (ties - 1) : NAN, log1p_rest = std::log1p(rest);
+  double own_u = problem.own_u(target), own_d = double(z_target) - double(m), loss = 0, u_psi = 0;
   if (own_u != 0) {
     loss = own_u * (log1p_rest - own_d);
     u_psi = -own_u;
-    if (o.gamma > 0) {
-      auto f = focal_terms<double>(splat(own_d), splat(std::exp(own_d)), splat(rest),
-                                   splat(log1p_rest), o.gamma);
+    if (a.gamma > 0) {
+      auto f =
+          focal_terms<double>(splat(own_d), splat(std::exp(own_d)), splat(rest), splat(log1p_rest), a.gamma);
       loss = own_u * f.loss[0];
       u_psi = own_u * f.psi[0];
     }
   }
-  if constexpr (kind != U::none) {
-    if (o.gamma == 0) {
-      if (sums.u != 0) loss += log1p_rest * sums.u;
-      loss -= sums.ud;
-      u_psi -= sums.u;
-    } else {
-      for (int64_t c = 0; c < problem.classes; c += kChunk) {
-        int64_t n = std::min(kChunk, problem.classes - c);
-        const R* z = problem.stage_logits(i, c, n, z_buffer);
-        const R* y = problem.stage_probs(i, c, n, y_buffer);
-        constexpr U dense = kind == U::uniform ? U::classes : kind;
-        auto part = chunk_focal<R, dense>(z, problem.class_u.data() + c, y, problem.keep,
-                                          problem.uniform, m, R(rest), R(log1p_rest), R(o.gamma), n);
-        loss += part.loss;
-        u_psi += part.u_psi;
-      }
+  if (kind != U::none && a.gamma > 0) {
+    for (int64_t c = 0; c < problem.classes; c += kChunk) {
+      int64_t n = std::min(kChunk, problem.classes - c);
+      const R* z = problem.stage_logits(row, c, n, s.z.get());
+      Weights<R> w = problem.weights(i, c, n, s.y.get());
+      FocalSums part = chunk_focal<R, focal_kind(kind)>(z, w, m, R(rest), R(log1p_rest), R(a.gamma), n);
+      loss += part.loss;
+      u_psi += part.u_psi;
     }
+  } else if (kind != U::none) {
+    loss += (sums.u == 0 ? 0 : log1p_rest * sums.u) - sums.ud;
+    u_psi -= sums.u;
   }
-  if (o.z_loss != 0) loss += o.z_loss * (m + log1p_rest) * (m + log1p_rest);
+  if (a.z_loss != 0) loss += a.z_loss * (m + log1p_rest) * (m + log1p_rest);
   return {loss, m, R(rest), R(u_psi)};
 }
 
 template <class T, class R>
-std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& a) {
+std::tuple<Tensor, Tensor> forward(const Arguments& a) {
   Problem<T, R> problem(a, nullptr);
-  int64_t rows = problem.positions.count();
-  bool each = a.reduction == 0;
+  int64_t rows = problem.rows;
   std::vector<int64_t> loss_sizes;
-  for (int64_t d = 0; each && d < a.logits.dim(); ++d)
+  for (int64_t d = 0; a.reduction == 0 && d < a.logits.dim(); ++d)
     if (d != problem.class_dim) loss_sizes.push_back(a.logits.size(d));
-  auto dtype = real_type<R>;
-  Tensor loss = torch::stable::new_empty(a.logits, loss_sizes, dtype);
-  Tensor divisor = torch::stable::new_empty(a.logits, {}, dtype);
-  Tensor stats = torch::stable::new_empty(a.logits, {3, rows}, dtype);
-  R* loss_out = static_cast<R*>(loss.mutable_data_ptr());
-  R* stats_out = static_cast<R*>(stats.mutable_data_ptr());
+  Tensor loss = torch::stable::new_empty(a.logits, loss_sizes, real_type<R>);
+  Tensor residuals = torch::stable::new_empty(a.logits, {3 * rows + 1}, real_type<R>);
+  R* each_loss = a.reduction == 0 ? static_cast<R*>(loss.mutable_data_ptr()) : nullptr;
+  R* stats = static_cast<R*>(residuals.mutable_data_ptr());
   std::vector<double> loss_sum(problem.blocks), divisor_sum(problem.blocks);
 
-  auto finish = [&](int64_t block, int64_t i, int64_t index, const RowResult<R>& r) {
-    double sample = problem.sample(i);
-    bool counts = index >= 0 && sample != 0;
-    double row_loss = counts ? r.loss * sample : 0.0;
-    stats_out[i] = counts ? r.m : R(0);
-    stats_out[rows + i] = counts ? r.rest : R(0);
-    stats_out[2 * rows + i] = counts ? r.u_psi : R(0);
-    loss_sum[block] += row_loss;
-    if (index >= 0) divisor_sum[block] += sample * problem.divisor_term(index);
-    if (each) loss_out[i] = R(row_loss);
-  };
-  for_each_block(problem.blocks, problem.per_block * problem.classes, [&](int64_t block) {
-    int64_t begin = block * problem.per_block, end = std::min(rows, begin + problem.per_block);
-    if (problem.by_rows) {
-      with_kind(problem.kind, [&](auto kind) {
-        for (int64_t i = begin; i < end; ++i) {
-          int64_t index = problem.index(i);
-          bool skip = index < 0 || problem.sample(i) == 0;
-          finish(block, i, index, skip ? RowResult<R>{} : forward_row<kind()>(problem, i, index));
-        }
+  problem.for_each_block([&](int64_t begin, int64_t n, int64_t block, Scratch<R>& s) {
+    divisor_sum[block] = problem.divisor(begin, n, s.target.get());
+    if (!problem.by_rows) {
+      Tile<R> tile = problem.tile(begin, n, s);
+      with_bools(problem.kind != U::none, a.gamma > 0, [&](auto dense, auto focal) {
+        loss_sum[block] = tile_forward<R, dense(), focal()>(
+            tile, R(a.gamma), R(a.z_loss), problem.samples ? problem.samples + begin : nullptr, stats + begin,
+            rows, each_loss ? each_loss + begin : nullptr);
       });
       return;
     }
-    int64_t n = end - begin, width = problem.width;
-    thread_local std::optional<TileBuffers<R>> buffers;
-    buffers.emplace(problem.classes, width, problem.probabilities);
-    auto& row = buffers->row;
-    TileU<R> tile = problem.load_tile(*buffers, begin, n);
-    with_bools(problem.kind != U::none, a.gamma > 0, [&](auto dense, auto focal) {
-      tile_forward<R, dense(), focal()>(buffers->z.data(), tile, row, problem.classes, width,
-                                        R(a.gamma), R(a.z_loss));
-    });
-    for (int64_t j = 0; j < n; ++j)
-      finish(block, begin + j, problem.probabilities ? 0 : row.target[j],
-             {double(row.loss[j]), row.m[j], row.rest[j], row.u_psi[j]});
+    for (int64_t i = begin; i < begin + n; ++i) {
+      Int<R> target = s.target[i - begin];
+      RowResult<R> r{};
+      if (target != kIgnored)
+        with_kind(problem.kind, [&](auto kind) { r = forward_row<kind()>(problem, i, target, s); });
+      if (problem.samples && target != kIgnored) r.loss *= problem.samples[i];
+      stats[i] = r.m;
+      stats[rows + i] = r.rest;
+      stats[2 * rows + i] = r.u_psi;
+      loss_sum[block] += r.loss;
+      if (each_loss) each_loss[i] = R(r.loss);
+    }
   });
-  problem.throw_if_out_of_range();
 
-  double total = 0, total_divisor = 0;
-  for (int64_t block = 0; block < problem.blocks; ++block) {
-    total += loss_sum[block];
-    total_divisor += divisor_sum[block];
-  }
-  if (a.reduction != 1) total_divisor = 1;
-  if (!each) *loss_out = total_divisor == 0 && a.empty_zero ? R(0) : R(total / total_divisor);
-  *static_cast<R*>(divisor.mutable_data_ptr()) = R(total_divisor);
-  return {loss, divisor, stats};
+  double total = 0, divisor = a.reduction == 1 ? 0 : 1;
+  for (double sum : loss_sum) total += sum;
+  for (double sum : divisor_sum) divisor += a.reduction == 1 ? sum : 0;
+  stats[3 * rows] = R(divisor);
+  if (a.reduction != 0)
+    *static_cast<R*>(loss.mutable_data_ptr()) = divisor == 0 && a.empty_zero ? R(0) : R(total / divisor);
+  return {loss, residuals};
 }
 
 // ---- Backward --------------------------------------------------------------------------------
 
 template <U kind, bool focal, class T, class R>
-void backward_row(const Problem<T, R>& problem, int64_t i, int64_t target, R m, R rest, R u_psi,
-                  R upstream, T* out, int64_t out_stride) {
-  const Arguments& o = problem.a;
-  alignas(64) R z_buffer[kChunk], y_buffer[kChunk], g_buffer[kChunk];
-  double log1p_rest = focal || o.z_loss != 0 ? std::log1p(double(rest)) : 0.0;
-  double per_exp = (-double(u_psi) + 2 * o.z_loss * (m + log1p_rest)) * upstream / (1 + double(rest));
-  bool direct = std::is_same_v<T, R> && out_stride == 1 && !o.transformed();
+void backward_row(const Problem<T, R>& problem, int64_t i, Int<R> target, const R* stats, R upstream, T* out,
+                  int64_t out_stride, Scratch<R>& s) {
+  const Arguments& a = problem.a;
+  const T* row = problem.x + problem.positions.offset(i, 0);
+  R m = stats[i], rest = stats[problem.rows + i], u_psi = stats[2 * problem.rows + i];
+  double log1p_rest = focal || a.z_loss != 0 ? std::log1p(double(rest)) : 0.0;
+  double per_exp = (-double(u_psi) + 2 * a.z_loss * (m + log1p_rest)) * upstream / (1 + double(rest));
+  bool direct = std::is_same_v<T, R> && out_stride == 1 && !a.transformed();
   for (int64_t c = 0; c < problem.classes; c += kChunk) {
     int64_t n = std::min(kChunk, problem.classes - c);
-    const R* z = problem.stage_logits(i, c, n, z_buffer);
-    const R* y = problem.stage_probs(i, c, n, y_buffer);
-    R* g = direct ? reinterpret_cast<R*>(out + c) : g_buffer;
-    R z_target = target >= c && target < c + n ? z[target - c] : R(0);
-    chunk_gradient<R, kind, focal>(z, g, problem.class_u.data() + c, y, problem.keep,
-                                   problem.uniform, m, rest, R(log1p_rest), R(o.gamma), upstream,
-                                   R(per_exp), n);
-    if (!problem.probabilities && target >= c && target < c + n) {
-      double own = u_psi;
-      if constexpr (kind != U::none) {
-        double d = double(z_target) - m;
+    const R* z = problem.stage_logits(row, c, n, s.z.get());
+    R* g = direct ? reinterpret_cast<R*>(out + c) : s.g.get();
+    bool own_here = target >= c && target < c + n;
+    double own = u_psi, own_d = own_here ? double(z[target - c]) - m : 0;
+    chunk_gradient<R, kind, focal>(z, g, problem.weights(i, c, n, s.y.get()), m, rest, R(log1p_rest),
+                                   R(a.gamma), upstream, R(per_exp), n);
+    if (own_here) {
+      if constexpr (kind != U::none) {  // else u psi is the own class's alone
         own = -double(problem.own_u(target));
-        if constexpr (focal)
-          own = -own * focal_terms<double>(splat(d), splat(std::exp(d)), splat(double(rest)),
-                                           splat(log1p_rest), o.gamma).psi[0];
-        if (problem.own_u(target) == 0) own = 0;
+        if (focal && own != 0)
+          own *= -focal_terms<double>(splat(own_d), splat(std::exp(own_d)), splat(double(rest)),
+                                      splat(log1p_rest), a.gamma)
+                      .psi[0];
       }
       g[target - c] += R(own * upstream);
     }
     if (direct) continue;
-    if (o.transformed()) transform_gradient<R>(g, z, n, R(o.logit_scale), R(o.softcap));
+    if (a.transformed()) transform_gradient<R>(g, z, n, R(a.logit_scale), R(a.softcap));
     if (out_stride == 1)
       narrow<R>(g, out + c, n);
     else
-      for (int64_t j = 0; j < n; ++j) out[(c + j) * out_stride] = from_real<T>(g[j]);
+      for (int64_t j = 0; j < n; ++j) from_real(out + (c + j) * out_stride, g[j]);
   }
 }
 
 template <class T, class R>
-void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor, const Tensor& stats,
-              const Tensor& gradient) {
+void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& residuals, const Tensor& gradient) {
   Problem<T, R> problem(a, &gradient);
-  int64_t rows = problem.positions.count();
-  STD_TORCH_CHECK(stats.numel() == 3 * rows && divisor.numel() == 1 &&
-                      (grad_loss.numel() == 1 || grad_loss.numel() == rows),
-                  "backward was given residuals of another forward");
-  Tensor grad = as_contiguous(grad_loss, real_type<R>), residuals = as_contiguous(stats, real_type<R>);
-  Tensor divisor_tensor = as_contiguous(divisor, real_type<R>);
-  const R* grad_in = static_cast<const R*>(grad.const_data_ptr());
-  const R* stats_in = static_cast<const R*>(residuals.const_data_ptr());
-  double divided = *static_cast<const R*>(divisor_tensor.const_data_ptr());
-  double per_row = divided == 0 ? 0 : 1 / divided;
-  int64_t grad_step = a.reduction == 0 ? 1 : 0;
-  int64_t out_stride = gradient.stride(problem.class_dim);
+  STD_TORCH_CHECK(residuals.numel() == 3 * problem.rows + 1 && residuals.scalar_type() == real_type<R> &&
+                      grad_loss.numel() == (a.reduction == 0 ? problem.rows : 1),
+                  "backward was given residuals or a gradient of another forward");
+  Tensor grad = as_contiguous(grad_loss, real_type<R>), kept = as_contiguous(residuals, real_type<R>);
+  const R *stats = data<R>(kept), *grads = data<R>(grad);
+  double divisor = stats[3 * problem.rows], per_row = divisor == 0 ? 0 : 1 / divisor;
+  int64_t grad_step = a.reduction == 0 ? 1 : 0, out_stride = gradient.stride(problem.class_dim);
   T* out = static_cast<T*>(gradient.mutable_data_ptr());
 
-  auto upstream = [&](int64_t i, int64_t index) {
-    double sample = problem.sample(i);
-    return index < 0 || sample == 0 ? R(0) : R(grad_in[i * grad_step] * per_row * sample);
-  };
-  for_each_block(problem.blocks, problem.per_block * problem.classes, [&](int64_t block) {
-    int64_t begin = block * problem.per_block, end = std::min(rows, begin + problem.per_block);
-    if (problem.by_rows) {
-      for (int64_t i = begin; i < end; ++i) {
-        int64_t index = problem.index(i);
-        R g = upstream(i, index);
-        T* row = out + problem.positions.offset(i, 2);
-        if (g == 0) {
-          for (int64_t c = 0; c < problem.classes; ++c) row[c * out_stride] = T{};
-          continue;
-        }
-        R m = stats_in[i], rest = stats_in[rows + i], u_psi = stats_in[2 * rows + i];
-        with_kind(problem.kind, [&](auto kind) {
-          constexpr U dense = kind() == U::uniform ? U::classes : kind();
-          if (a.gamma > 0 && kind() != U::none)
-            backward_row<dense, dense != U::none>(problem, i, index, m, rest, u_psi, g, row, out_stride);
-          else
-            backward_row<kind(), false>(problem, i, index, m, rest, u_psi, g, row, out_stride);
-        });
-      }
+  problem.for_each_block([&](int64_t begin, int64_t n, int64_t, Scratch<R>& s) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sample = problem.samples ? problem.samples[begin + j] : R(1);
+      R g = R(grads[(begin + j) * grad_step] * per_row * sample);
+      s.upstream[j] = s.target[j] == kIgnored ? R(0) : g;
+    }
+    if (!problem.by_rows) {
+      Tile<R> tile = problem.tile(begin, n, s);
+      std::fill(s.upstream.get() + n, s.upstream.get() + tile.width, R(0));
+      with_bools(problem.kind != U::none, a.gamma > 0, [&](auto dense, auto focal) {
+        tile_backward<R, dense(), focal()>(tile, R(a.gamma), R(a.z_loss), R(a.logit_scale), R(a.softcap),
+                                           stats + begin, problem.rows, s.upstream.get());
+      });
+      problem.unstage_tile(tile.z, out, out_stride, begin, n, tile.width);
       return;
     }
-    int64_t n = end - begin, width = problem.width;
-    thread_local std::optional<TileBuffers<R>> buffers;
-    buffers.emplace(problem.classes, width, problem.probabilities);
-    auto& row = buffers->row;
-    TileU<R> tile = problem.load_tile(*buffers, begin, n);
-    for (int64_t j = 0; j < width; ++j) {
-      int64_t i = begin + j;
-      bool idle = j >= n || (!problem.probabilities && row.target[j] < 0);
-      row.upstream[j] = idle ? R(0) : upstream(i, 0);
-      row.m[j] = idle ? R(0) : stats_in[i];
-      row.rest[j] = idle ? R(0) : stats_in[rows + i];
-      row.u_psi[j] = idle ? R(0) : stats_in[2 * rows + i];
+    for (int64_t i = begin; i < begin + n; ++i) {
+      T* to = out + problem.positions.offset(i, 2);
+      R upstream = s.upstream[i - begin];
+      if (upstream == 0) {  // an ignored row is not read, whatever it holds
+        for (int64_t c = 0; c < problem.classes; ++c) to[c * out_stride] = T{};
+        continue;
+      }
+      with_kind(problem.kind, [&](auto kind) {
+        Int<R> target = s.target[i - begin];
+        if (a.gamma > 0 && kind() != U::none)
+          backward_row<focal_kind(kind()), kind() != U::none>(problem, i, target, stats, upstream, to,
+                                                              out_stride, s);
+        else
+          backward_row<kind(), false>(problem, i, target, stats, upstream, to, out_stride, s);
+      });
     }
-    with_bools(problem.kind != U::none, a.gamma > 0, [&](auto dense, auto focal) {
-      tile_backward<R, dense(), focal()>(buffers->z.data(), tile, row, problem.classes, width,
-                                         R(a.gamma), R(a.z_loss),
-                                         R(a.logit_scale), R(a.softcap));
-    });
-    problem.unstage_tile(buffers->z.data(), out, out_stride, begin, n);
   });
 }
 
@@ -888,19 +876,18 @@ auto with_logits_type(const Tensor& logits, const F& f) {
     case ScalarType::BFloat16: return f(bf16{}, float{});
     case ScalarType::Half: return f(f16{}, float{});
     case ScalarType::Double: return f(double{}, double{});
-    default: STD_TORCH_CHECK(false, "input must be float32, bfloat16, float16 or float64");
+    default: throw std::invalid_argument("input must be float32, bfloat16, float16 or float64");
   }
-  throw std::logic_error("unreachable");
 }
 
-std::tuple<Tensor, Tensor, Tensor> run_forward(const Arguments& a) {
+std::tuple<Tensor, Tensor> run_forward(const Arguments& a) {
   return with_logits_type(a.logits, [&](auto t, auto r) { return forward<decltype(t), decltype(r)>(a); });
 }
 
-void run_backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor, const Tensor& stats,
+void run_backward(const Arguments& a, const Tensor& grad_loss, const Tensor& residuals,
                   const Tensor& gradient) {
   with_logits_type(a.logits, [&](auto t, auto r) {
-    backward<decltype(t), decltype(r)>(a, grad_loss, divisor, stats, gradient);
+    backward<decltype(t), decltype(r)>(a, grad_loss, residuals, gradient);
   });
 }
 
@@ -911,29 +898,38 @@ void run_backward(const Arguments& a, const Tensor& grad_loss, const Tensor& div
 namespace torchfast {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> alpha,
-    std::optional<Tensor> sample_weight, int64_t ignore_index, int64_t reduction, double label_smoothing,
-    double gamma, double z_loss, double softcap, double logit_scale, bool empty_zero, bool) {
-  return TORCHFAST_DISPATCH(run_forward)({logits, target, weight, alpha, sample_weight, ignore_index, reduction,
-                         label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero});
+std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                         std::optional<Tensor> alpha, std::optional<Tensor> sample_weight,
+                                         int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                         double gamma, double z_loss, double softcap, double logit_scale,
+                                         bool empty_zero, bool) {
+  return TORCHFAST_DISPATCH(run_forward)({logits, target, weight, alpha, sample_weight, ignore_index,
+                                          reduction, label_smoothing, gamma, z_loss, softcap, logit_scale,
+                                          empty_zero});
 }
 
-Tensor cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> alpha,
-    std::optional<Tensor> sample_weight, int64_t ignore_index, int64_t reduction, double label_smoothing,
-    double gamma, double z_loss, double softcap, double logit_scale, bool empty_zero, bool, Tensor divisor, Tensor stats) {
+Tensor cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                              std::optional<Tensor> alpha, std::optional<Tensor> sample_weight,
+                              int64_t ignore_index, int64_t reduction, double label_smoothing, double gamma,
+                              double z_loss, double softcap, double logit_scale, bool empty_zero, bool,
+                              Tensor residuals) {
   Tensor gradient = torch::stable::empty_like(logits);
   advise_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
   TORCHFAST_DISPATCH(run_backward)({logits, target, weight, alpha, sample_weight, ignore_index, reduction,
-                         label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero}, grad_loss, divisor, stats, gradient);
+                                    label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero},
+                                   grad_loss, residuals, gradient);
   return gradient;
 }
 
 // Writes the gradient over the logits.
-void cross_entropy_backward_(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> alpha,
-    std::optional<Tensor> sample_weight, int64_t ignore_index, int64_t reduction, double label_smoothing,
-    double gamma, double z_loss, double softcap, double logit_scale, bool empty_zero, bool, Tensor divisor, Tensor stats) {
+void cross_entropy_backward_(Tensor grad_loss, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                             std::optional<Tensor> alpha, std::optional<Tensor> sample_weight,
+                             int64_t ignore_index, int64_t reduction, double label_smoothing, double gamma,
+                             double z_loss, double softcap, double logit_scale, bool empty_zero, bool,
+                             Tensor residuals) {
   TORCHFAST_DISPATCH(run_backward)({logits, target, weight, alpha, sample_weight, ignore_index, reduction,
-                         label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero}, grad_loss, divisor, stats, logits);
+                                    label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero},
+                                   grad_loss, residuals, logits);
 }
 
 }  // namespace

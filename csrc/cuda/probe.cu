@@ -18,8 +18,7 @@ extern "C" const char* torchfast_cuda_probe(int device, int* arch) {
     if (error == cudaSuccess) {
       write_arch<<<1, 1>>>(on_device);
       error = cudaGetLastError();
-      if (error == cudaSuccess)
-        error = cudaMemcpy(arch, on_device, sizeof(int), cudaMemcpyDeviceToHost);
+      if (error == cudaSuccess) error = cudaMemcpy(arch, on_device, sizeof(int), cudaMemcpyDeviceToHost);
       cudaFree(on_device);
     }
     cudaSetDevice(previous);

@@ -18,6 +18,7 @@ needs besides the logits.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -127,7 +128,7 @@ def _reference(
     logit_scale: float,
     empty_zero: bool,
     inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     _, m, rest, log_p, u, valid, bad, w_t = _row_terms(
         logits, target, weight, alpha, ignore_index, label_smoothing, softcap, logit_scale
     )
@@ -150,8 +151,8 @@ def _reference(
             loss = torch.where(divisor == 0, 0.0, loss)
     sum_u_psi = (u * _psi(counted.detach(), gamma)).sum(dim=-1)
     stats = torch.stack([m.squeeze(-1), rest.squeeze(-1), sum_u_psi]).detach()
-    stats = torch.where(valid, stats, 0.0).reshape(3, valid.numel())
-    return loss, divisor.detach(), stats
+    stats = torch.where(valid, stats, 0.0).flatten()
+    return loss, torch.cat([stats, divisor.detach().reshape(1)])
 
 
 def _reference_backward(
@@ -170,8 +171,7 @@ def _reference_backward(
     logit_scale: float,
     empty_zero: bool,
     inplace_backward: bool,
-    divisor: Tensor,
-    stats: Tensor,
+    residuals: Tensor,
 ) -> Tensor:
     z, m, rest, log_p, u, valid, _, w_t = _row_terms(
         logits, target, weight, alpha, ignore_index, label_smoothing, softcap, logit_scale
@@ -182,6 +182,7 @@ def _reference_backward(
     grad = (u_psi + p * row) * logit_scale
     if softcap:
         grad = grad * (1 - (z / softcap) ** 2)
+    divisor = residuals[-1]
     upstream = torch.where(divisor == 0, 0.0, grad_loss / divisor).expand(w_t.shape)
     if sample_weight is not None:
         upstream = upstream * sample_weight
@@ -190,16 +191,12 @@ def _reference_backward(
     return torch.empty_like(logits).copy_(grad.movedim(-1, _class_dim(logits)))
 
 
-def _fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     rows = list(logits.shape)
     del rows[_class_dim(logits)]
-    new = logits.new_empty
-    dtype = _accumulate_dtype(logits)
-    reduction = options[4]
-    count = 1
-    for size in rows:
-        count *= size
-    return new([] if reduction else rows, dtype=dtype), new([], dtype=dtype), new([3, count], dtype=dtype)
+    dtype, reduction = _accumulate_dtype(logits), options[4]
+    loss = logits.new_empty([] if reduction else rows, dtype=dtype)
+    return loss, logits.new_empty([3 * math.prod(rows) + 1], dtype=dtype)
 
 
 # ---- Public functions ------------------------------------------------------------------------
@@ -526,7 +523,7 @@ _op = register(
     "Tensor logits, Tensor target, Tensor? weight, Tensor? alpha, Tensor? sample_weight, "
     "int ignore_index, int reduction, float label_smoothing, float gamma, float z_loss, "
     "float softcap, float logit_scale, bool empty_zero, bool inplace_backward",
-    "Tensor divisor, Tensor stats",
+    "Tensor residuals",
     function=cross_entropy,
     reference=_reference,
     reference_backward=_reference_backward,
