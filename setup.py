@@ -121,7 +121,12 @@ def native_build() -> dict:
             try:
                 if nvcc:
                     extension.extra_objects = compile_cuda(nvcc, Path(self.build_temp) / "cuda")
-                    extension.extra_link_args += [f"-L{cuda_library_dir(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
+                    extension.extra_link_args += [
+                        f"-L{cuda_library_dir(nvcc)}",
+                        "-lcudart_static",
+                        "-lrt",
+                        "-ldl",
+                    ]
                 super().build_extensions()
             except Exception as error:
                 if wanted == "require":

@@ -76,7 +76,10 @@ def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str) -
             end = max(ratio + spread[1][0], 1.0)
             axes.text(end, y, f"  {short(ratio)}x, {time_text(p50)}", va="center", fontsize=7)
             limit = max(limit, end)
-    low = min((float(r["ratio_to_clone"]) for rows in cases.values() for r in rows.values() if r["p50_ms"]), default=1)
+    low = min(
+        (float(r["ratio_to_clone"]) for rows in cases.values() for r in rows.values() if r["p50_ms"]),
+        default=1,
+    )
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, low / 1.5), limit * (limit / low) ** 0.35 * 2)
     axes.axvline(1, color=COLORS["clone"], lw=1.2, ls="--", label="logits.clone()")

@@ -41,10 +41,10 @@ from torchfast import _native
 
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("torchfast", "eager", "torch.compile")
-COLUMNS = (
-    "date torchfast commit dirty native torch device cpu threads load family case dtype shape contender "
-    "what calls p20_ms p50_ms p80_ms peak_bytes ratio_to_clone loss_error grad_error note"
-).split()
+COLUMNS = """
+    date torchfast commit dirty native torch device cpu threads load family case dtype shape contender
+    what calls p20_ms p50_ms p80_ms peak_bytes ratio_to_clone loss_error grad_error note
+""".split()
 
 #: torchfast's error <= 2 x eager's own error at that dtype + this; relative to the largest truth.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}

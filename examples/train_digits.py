@@ -281,10 +281,7 @@ def score_table(runs: list[Run], seeds: int) -> Table:
         table.add_section()
         table.add_row(recipe, style="cyan")
         of_recipe = {
-            loss: {
-                score: [r.scores[score] for r in runs if (r.recipe, r.loss) == (recipe, loss)]
-                for score in scores
-            }
+            loss: {score: [r.scores[score] for r in runs if (r.recipe, r.loss) == (recipe, loss)] for score in scores}
             for loss in LOSSES
         }
         best = {score: max(mean(of_recipe[loss][score]) for loss in LOSSES) for score in scores}
@@ -340,9 +337,7 @@ COLORS = dict(zip(LOSSES, ("#0072B2", "#E69F00", "#009E73", "#CC4778"), strict=T
 def draw_curves(runs: list[Run], path: Path) -> None:
     """Columns: recipes. Rows: training loss, validation macro-F1, learning rate."""
     plt.rcParams.update(PLOT_STYLE)
-    figure, axes = plt.subplots(
-        3, len(RECIPES), figsize=(12, 8.4), sharex=True, sharey="row", height_ratios=(3, 3, 2)
-    )
+    figure, axes = plt.subplots(3, len(RECIPES), figsize=(12, 8.4), sharex=True, sharey="row", height_ratios=(3, 3, 2))
     epochs = range(1, len(runs[0].history) + 1)
     seeds = len({r.seed for r in runs})
 
@@ -372,9 +367,7 @@ def draw_curves(runs: list[Run], path: Path) -> None:
     axes[2, 0].set(ylabel="learning rate", yscale="log")
     figure.align_ylabels()
 
-    figure.suptitle(
-        "Four losses on long-tailed digits", x=0.01, y=0.985, ha="left", fontsize=15, fontweight="bold"
-    )
+    figure.suptitle("Four losses on long-tailed digits", x=0.01, y=0.985, ha="left", fontsize=15, fontweight="bold")
     what = f"Mean of {seeds} seeds; the band spans the lowest to the highest." if seeds > 1 else "One seed."
     figure.text(0.01, 0.928, what, color="#555555")
     legend = axes[0, 0].get_legend_handles_labels()
@@ -435,9 +428,7 @@ def forward_backward_time(criterion: Callable[..., Tensor], logits: Tensor, targ
     return 1000 * (time.perf_counter() - start)
 
 
-def speed_table(
-    shapes: list[tuple[int, ...]], seconds: float, device: torch.device, console: Console
-) -> Table:
+def speed_table(shapes: list[tuple[int, ...]], seconds: float, device: torch.device, console: Console) -> Table:
     table = Table(
         title="Forward and backward in milliseconds, float32",
         caption="Medians of alternating repetitions, after losses and gradients were seen to agree. "
@@ -476,9 +467,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Long-tailed digits with the losses of torchfast.")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=4, help="runs per loss and recipe")
-    parser.add_argument(
-        "--quick", action="store_true", help="2 epochs, 1 seed and small timings: a few seconds"
-    )
+    parser.add_argument("--quick", action="store_true", help="2 epochs, 1 seed and small timings: a few seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "train_digits.png")
     parser.add_argument("--no-benchmark", action="store_true", help="skip the timings")

@@ -92,9 +92,12 @@ def register(
     def reference_backward_(grad: Tensor, x: Tensor, *args: Any) -> None:
         x.copy_(reference_backward(grad, x, *args))
 
-    kernels = (reference, reference_backward, reference_backward_)
-    fakes = (fake, lambda grad, x, *_: torch.empty_like(x), lambda *_: None)
-    for (op, schema), kernel, fake_kernel in zip(schemas.items(), kernels, fakes, strict=True):
+    implementations: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+        (reference, fake),
+        (reference_backward, lambda grad, x, *_: torch.empty_like(x)),
+        (reference_backward_, lambda *_: None),
+    ]
+    for (op, schema), (kernel, fake_kernel) in zip(schemas.items(), implementations, strict=True):
         torch.library.define(f"torchfast::{op}", schema)
         torch.library.register_kernel(f"torchfast::{op}", None, kernel)
         torch.library.register_fake(f"torchfast::{op}", fake_kernel)
@@ -144,6 +147,5 @@ def register(
             return loss
 
     Fused.backward = staticmethod(backward)  # type: ignore[assignment]
-    op = Op(name, function, sample_inputs, reference, forward_op, backward_op, Fused)
-    registry[name] = op
-    return op
+    registry[name] = Op(name, function, sample_inputs, reference, forward_op, backward_op, Fused)
+    return registry[name]

@@ -57,10 +57,7 @@ def report() -> dict[str, Any]:
         },
         "build": _guard(torchfast._C.build_info) if native else None,
         "devices": devices,
-        "kernels": {
-            name: {key.lower(): _guard(lambda name=name, key=key: _kernel(name, key)) for key in ("CPU", "CUDA", "XPU")}
-            for name in registry
-        },
+        "kernels": {op: {key.lower(): _kernel(op, key) for key in ("CPU", "CUDA", "XPU")} for op in registry},
         "missing": {name: reason for name, reason in missing.items() if reason},
     }
 

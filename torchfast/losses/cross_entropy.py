@@ -212,32 +212,34 @@ def _check_tensors(input: Tensor, target: Tensor, others: dict[str, Tensor | Non
         raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
-    shape = tuple(input.shape)
-    rows = () if len(shape) == 1 else (shape[0], *shape[2:])
+    shape = input.shape
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[1:]
     classes = shape[_class_dim(input)]
-    _check("input", classes > 0, shape, "logits of at least one class")
+    _check("input", classes > 0, tuple(shape), "logits of at least one class")
     if target.is_floating_point():
-        if target.shape != input.shape:
+        if target.shape != shape:
             raise ValueError(
-                f"target of class probabilities ({target.dtype}) must have input's shape {shape}, "
+                f"target of class probabilities ({target.dtype}) must have input's shape {tuple(shape)}, "
                 f"got {tuple(target.shape)}; class indices must be of an integer dtype"
             )
     elif target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"target must be integer class indices or float probabilities, got {target.dtype}")
-    elif tuple(target.shape) != rows:
+    elif target.shape != rows:
         raise ValueError(
-            f"target of class indices must have shape {rows} for input of shape {shape}, "
+            f"target of class indices must have shape {tuple(rows)} for input of shape {tuple(shape)}, "
             f"got {tuple(target.shape)}; class probabilities must be of a floating dtype"
         )
-    allowed = {"weight": [(classes,)], "alpha": [(classes,), (1,), ()], "sample_weight": [rows]}
+    if target.device != input.device:
+        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
     for name, tensor in others.items():
         if tensor is None:
             continue
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}")
-        _check(f"{name}'s shape", tuple(tensor.shape) in allowed[name], tuple(tensor.shape), f"{allowed[name][0]}")
-    for name, tensor in {"target": target, **others}.items():
-        if tensor is not None and tensor.device != input.device:
+        allowed = rows if name == "sample_weight" else (classes,)
+        scalar = name == "alpha" and tensor.numel() == 1
+        _check(f"{name}'s shape", scalar or tensor.shape == allowed, tuple(tensor.shape), str(tuple(allowed)))
+        if tensor.device != input.device:
             raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
 
 
@@ -327,6 +329,8 @@ def cross_entropy(
         _check("ignore_index", ignore_index < 0, ignore_index, "negative for a target of class probabilities")
     if normalizer is not None:
         _check("normalizer", reduction == "mean", normalizer, f"None for reduction={reduction!r}")
+        shape = tuple(normalizer.shape) if isinstance(normalizer, Tensor) else ()
+        _check("normalizer's shape", shape == (), shape, "()")
         reduction = "sum"
     if inplace_backward and input.requires_grad:
         _check("inplace_backward", not input.is_leaf, True, "False for an input that is a leaf of autograd")
@@ -452,7 +456,9 @@ class CrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         shown = ("gamma", "alpha", "label_smoothing", "z_loss", "softcap", "logit_scale", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown if not isinstance(getattr(self, name), Tensor))
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}" for name in shown if not isinstance(getattr(self, name), Tensor)
+        )
 
 
 class FocalLoss(CrossEntropyLoss):
@@ -465,7 +471,13 @@ class FocalLoss(CrossEntropyLoss):
         0.4663
     """
 
-    def __init__(self, gamma: float = 2.0, alpha: float | Tensor | None = None, weight: Tensor | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        alpha: float | Tensor | None = None,
+        weight: Tensor | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(weight, gamma=gamma, alpha=alpha, **options)
 
 
