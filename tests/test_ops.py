@@ -120,9 +120,7 @@ def test_gradient_and_forward_mode_match_finite_differences(op, number, device):
     sample = take(op, number, device, torch.float64)
     x = sample.args[0].detach().requires_grad_()
     # fast_mode checks random projections instead of every element.
-    assert torch.autograd.gradcheck(
-        lambda x: apply(op, sample, x), x, check_forward_ad=True, fast_mode=x.numel() > 100
-    )
+    assert torch.autograd.gradcheck(lambda x: apply(op, sample, x), x, check_forward_ad=True, fast_mode=x.numel() > 100)
 
 
 @every_sample

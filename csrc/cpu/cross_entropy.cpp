@@ -186,22 +186,43 @@ FocalSums chunk_focal(const R* z, const Weights<R>& w, R m, R rest, R log1p_rest
   return {sum_lanes<R>(loss), sum_lanes<R>(u_psi)};
 }
 
-// g_j = upstream * (u_j psi_j) + per_exp * exp(z_j - m); z and g may be the same memory.
+// What backward needs of a row besides its logits.
+template <class R>
+struct RowGradient {
+  R m, rest, log1p_rest, u_psi;  // u_psi: sum over the classes
+  R z_term;                      // 2 z_loss lse
+  R upstream;
+};
+
+// (u_j psi_j (1 - p_j) + p_j (u_j psi_j - sum u psi + z_term)) upstream: the formula of the gradient,
+// arranged so that it keeps its digits where p_j rounds to 1.
+template <class R>
+TORCHFAST_INLINE Vec<R> accurate_gradient(Vec<R> d, Vec<R> e, Vec<R> own, Vec<R> rest, Vec<R> u_psi,
+                                          Vec<R> z_term, Vec<R> upstream) {
+  Vec<R> inv = R(1) / (rest + R(1));
+  Vec<R> p = e * inv;
+  Vec<R> one_minus_p = d == 0 ? rest * inv : R(1) - p;
+  return (own * one_minus_p + p * (own - u_psi + z_term)) * upstream;
+}
+
+// z and g may be the same memory. The index target's own class is the caller's to correct.
 template <class R, U kind, bool focal>
-void chunk_gradient(const R* z, R* g, const Weights<R>& w, R m, R rest, R log1p_rest, R gamma, R upstream,
-                    R per_exp, int64_t n) {
+void chunk_gradient(const R* z, R* g, const Weights<R>& w, const RowGradient<R>& row, R gamma, int64_t n) {
+  R per_exp = (row.z_term - row.u_psi) * row.upstream / (1 + row.rest);
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
-    Vec<R> d = load_n<R>(z + i, count) - m;
+    Vec<R> d = load_n<R>(z + i, count) - row.m;
     Vec<R> e = exp_nonpositive(d);
-    Vec<R> v = e * per_exp;
+    Vec<R> own{}, v = e * per_exp;
     if constexpr (kind != U::none) {
-      Vec<R> u = row_u<R, kind>(w, i, count) * upstream;
-      if constexpr (focal) {
-        Focal<R> f = focal_terms<R>(d, e, splat(rest), splat(log1p_rest), gamma);
-        v += u == 0 ? u : u * f.psi;
-      } else {
-        v -= u;
-      }
+      Vec<R> u = row_u<R, kind>(w, i, count);
+      own = -u;
+      if constexpr (focal)
+        own = u == 0 ? u : u * focal_terms<R>(d, e, splat(row.rest), splat(row.log1p_rest), gamma).psi;
+      if constexpr (kind == U::probs)
+        v = accurate_gradient<R>(d, e, own, splat(row.rest), splat(row.u_psi), splat(row.z_term),
+                                 splat(row.upstream));
+      else
+        v += own * row.upstream;
     }
     store_n<R>(g + i, v, count);
   });
@@ -323,26 +344,23 @@ void tile_backward(const Tile<R>& t, R gamma, R z_loss, R scale, R softcap, cons
     IntVec<R> target;
     __builtin_memcpy(&target, t.target + i, sizeof(target));
     Vec<R> own_u = t.own_u ? load<R>(t.own_u + i) : splat(t.weights.keep);
-    Vec<R> log1p_rest{}, per_exp = -u_psi, own = u_psi * upstream;
+    Vec<R> log1p_rest{}, z_term{}, inv = R(1) / (rest + R(1));
     if (focal || z_loss != 0) log1p_rest = log1p_nonnegative(rest);
-    if (z_loss != 0) per_exp += (m + log1p_rest) * (R(2) * z_loss);
-    per_exp = per_exp * upstream / (rest + R(1));
+    if (z_loss != 0) z_term = (m + log1p_rest) * (R(2) * z_loss);
+    Vec<R> per_exp = (z_term - u_psi) * upstream * inv;
     for (int64_t c = 0; c < t.classes; ++c) {
       R* zc = t.z + c * t.width + i;
       Vec<R> value = load<R>(zc);
       Vec<R> d = value - m;
       Vec<R> e = exp_nonpositive(d);
-      Vec<R> g = e * per_exp;
+      Vec<R> g;
       if constexpr (!dense) {
-        g += target == Int<R>(c) ? own : splat<R>(0);
+        Vec<R> own = accurate_gradient<R>(d, e, u_psi, rest, u_psi, z_term, upstream);
+        g = target == Int<R>(c) ? own : e * per_exp;
       } else {
-        Vec<R> u = tile_u<R>(t, c, i, target, own_u) * upstream;
-        if constexpr (focal) {
-          auto f = focal_terms<R>(d, e, rest, log1p_rest, gamma);
-          g += u == 0 ? u : u * f.psi;
-        } else {
-          g -= u;
-        }
+        Vec<R> u = tile_u<R>(t, c, i, target, own_u), own = -u;
+        if constexpr (focal) own = u == 0 ? u : u * focal_terms<R>(d, e, rest, log1p_rest, gamma).psi;
+        g = accurate_gradient<R>(d, e, own, rest, u_psi, z_term, upstream);
       }
       g = g * scale;
       if (softcap != 0) g = g * (R(1) - (value / softcap) * (value / softcap));
@@ -789,27 +807,29 @@ void backward_row(const Problem<T, R>& problem, int64_t i, Int<R> target, const 
                   int64_t out_stride, Scratch<R>& s) {
   const Arguments& a = problem.a;
   const T* row = problem.x + problem.positions.offset(i, 0);
-  R m = stats[i], rest = stats[problem.rows + i], u_psi = stats[2 * problem.rows + i];
+  R rest = stats[problem.rows + i];
   double log1p_rest = focal || a.z_loss != 0 ? std::log1p(double(rest)) : 0.0;
-  double per_exp = (-double(u_psi) + 2 * a.z_loss * (m + log1p_rest)) * upstream / (1 + double(rest));
+  R z_term = R(2 * a.z_loss * (stats[i] + log1p_rest));
+  RowGradient<R> r{stats[i], rest, R(log1p_rest), stats[2 * problem.rows + i], z_term, upstream};
   bool direct = std::is_same_v<T, R> && out_stride == 1 && !a.transformed();
   for (int64_t c = 0; c < problem.classes; c += kChunk) {
     int64_t n = std::min(kChunk, problem.classes - c);
     const R* z = problem.stage_logits(row, c, n, s.z.get());
     R* g = direct ? reinterpret_cast<R*>(out + c) : s.g.get();
     bool own_here = target >= c && target < c + n;
-    double own = u_psi, own_d = own_here ? double(z[target - c]) - m : 0;
-    chunk_gradient<R, kind, focal>(z, g, problem.weights(i, c, n, s.y.get()), m, rest, R(log1p_rest),
-                                   R(a.gamma), upstream, R(per_exp), n);
+    double d = own_here ? double(z[target - c]) - r.m : 0;
+    chunk_gradient<R, kind, focal>(z, g, problem.weights(i, c, n, s.y.get()), r, R(a.gamma), n);
     if (own_here) {
-      if constexpr (kind != U::none) {  // else u psi is the own class's alone
-        own = -double(problem.own_u(target));
+      double e = std::exp(d), own = r.u_psi;  // of this class alone if there is no smoothing
+      if constexpr (kind != U::none) {
+        own = -double(problem.own_u(target)) - problem.class_u[target];
         if (focal && own != 0)
-          own *= -focal_terms<double>(splat(own_d), splat(std::exp(own_d)), splat(double(rest)),
-                                      splat(log1p_rest), a.gamma)
+          own *= -focal_terms<double>(splat(d), splat(e), splat(double(rest)), splat(log1p_rest), a.gamma)
                       .psi[0];
       }
-      g[target - c] += R(own * upstream);
+      g[target - c] = R(accurate_gradient<double>(splat(d), splat(e), splat(own), splat(double(rest)),
+                                                  splat(double(r.u_psi)), splat(double(z_term)),
+                                                  splat(double(upstream)))[0]);
     }
     if (direct) continue;
     if (a.transformed()) transform_gradient<R>(g, z, n, R(a.logit_scale), R(a.softcap));

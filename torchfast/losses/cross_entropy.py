@@ -80,7 +80,7 @@ def _row_terms(
         valid = valid & ~bad
         t = torch.where(valid, t, 0)
         y = (t.unsqueeze(-1) == torch.arange(classes, device=x.device)).to(dtype)
-        w_t = torch.where(valid, w[t], 0.0)
+        w_t = torch.where(valid, w.gather(0, t.reshape(-1)).reshape(t.shape), 0.0)
     x = torch.where(valid.unsqueeze(-1), x, 0.0)
     z = logit_scale * x
     if softcap:
@@ -202,7 +202,7 @@ def _fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor
 # ---- Public functions ------------------------------------------------------------------------
 
 
-def _check(name: str, ok: bool, given: object, allowed: str) -> None:
+def _check(name: str, ok: bool, given: object, allowed: object) -> None:
     if not ok:
         raise ValueError(f"{name} must be {allowed}, got {given!r}")
 
@@ -238,7 +238,7 @@ def _check_tensors(input: Tensor, target: Tensor, others: dict[str, Tensor | Non
             raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}")
         allowed = rows if name == "sample_weight" else (classes,)
         scalar = name == "alpha" and tensor.numel() == 1
-        _check(f"{name}'s shape", scalar or tensor.shape == allowed, tuple(tensor.shape), str(tuple(allowed)))
+        _check(f"{name}'s shape", scalar or tensor.shape == allowed, tuple(tensor.shape), tuple(allowed))
         if tensor.device != input.device:
             raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
 
@@ -521,7 +521,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> It
         yield Sample((x, t), {"gamma": 1.5, "label_smoothing": 0.1, "alpha": positive(classes), "reduction": "none"})
         yield Sample((x, logits(5, classes).softmax(1)), {"gamma": 0.5, "z_loss": 1e-2})
         yield Sample((x, logits(5, classes).softmax(1), positive(classes)), {"softcap": 5.0, "logit_scale": 0.7})
-    yield Sample((logits(4), indices(4)), {"label_smoothing": 0.2})
+    yield Sample((logits(5), indices(5)), {"label_smoothing": 0.2})
     image, labels = logits(2, 3, 4, 5), indices(3, 2, 4, 5)
     yield Sample((image, labels), {"gamma": 1.0})
     yield Sample((image.contiguous(memory_format=torch.channels_last), labels), {"label_smoothing": 0.1})
