@@ -241,12 +241,12 @@ struct Tile {
   const R* own_u;  // (1-e) w_t a_t, or null where it is 1-e
 };
 
-// u_c of the lanes; the own class of an index target included.
+// u_c of the lanes, but for the index target's own class.
 template <class R>
-TORCHFAST_INLINE Vec<R> tile_u(const Tile<R>& t, int64_t c, int64_t i, IntVec<R> target, Vec<R> own_u) {
+TORCHFAST_INLINE Vec<R> tile_u(const Tile<R>& t, int64_t c, int64_t i) {
   const Weights<R>& w = t.weights;
-  if (w.probs) return (load<R>(w.probs + c * t.width + i) * w.keep + w.uniform) * w.classes[c];
-  return w.classes[c] + (target == Int<R>(c) ? own_u : splat<R>(0));
+  if (!w.probs) return splat(w.classes[c]);
+  return (load<R>(w.probs + c * t.width + i) * w.keep + w.uniform) * w.classes[c];
 }
 
 // Writes m, rest and sum u psi to `stats` (planes `rows` apart) and the loss to `loss` (or null).
@@ -280,29 +280,30 @@ double tile_forward(const Tile<R>& t, R gamma, R z_loss, const R* sample, R* sta
     }
     rest += ties;
     Vec<R> log1p_rest = log1p_nonnegative(rest);
-    Vec<R> loss{}, u_psi{};
-    if constexpr (!dense) {
-      if constexpr (focal) {
-        auto f = focal_terms<R>(own_d, exp_nonpositive(own_d), rest, log1p_rest, gamma);
-        loss = own_u == 0 ? own_u : own_u * f.loss;
-        u_psi = own_u * f.psi;
-      } else {
-        loss = own_u == 0 ? own_u : own_u * (log1p_rest - own_d);
-        u_psi = -own_u;
-      }
-    } else {
+    Vec<R> loss{}, u_psi{}, zero{};
+    if constexpr (dense && focal) {
       for (int64_t c = 0; c < t.classes; ++c) {
         Vec<R> d = load<R>(z + c * t.width) - m;
-        Vec<R> u = tile_u<R>(t, c, i, target, own_u);
-        if constexpr (focal) {
-          auto f = focal_terms<R>(d, exp_nonpositive(d), rest, log1p_rest, gamma);
-          loss += u == 0 ? u : u * f.loss;
-          u_psi += u == 0 ? u : u * f.psi;
-        } else {
-          loss += u == 0 ? u : u * (log1p_rest - d);
-          u_psi -= u;
-        }
+        Vec<R> u = tile_u<R>(t, c, i) + (target == Int<R>(c) ? own_u : zero);
+        auto f = focal_terms<R>(d, exp_nonpositive(d), rest, log1p_rest, gamma);
+        loss += u == 0 ? u : u * f.loss;
+        u_psi += u == 0 ? u : u * f.psi;
       }
+    } else {
+      if constexpr (dense) {
+        Vec<R> sum_u{}, sum_ud{};
+        for (int64_t c = 0; c < t.classes; ++c) {
+          Vec<R> u = tile_u<R>(t, c, i);
+          sum_u += u;
+          sum_ud += u == 0 ? u : u * (load<R>(z + c * t.width) - m);
+        }
+        loss = (sum_u == 0 ? zero : log1p_rest * sum_u) - sum_ud;
+        u_psi = -sum_u;
+      }
+      Focal<R> own{log1p_rest - own_d, splat<R>(-1)};
+      if constexpr (focal) own = focal_terms<R>(own_d, exp_nonpositive(own_d), rest, log1p_rest, gamma);
+      loss += own_u == 0 ? zero : own_u * own.loss;
+      u_psi += own_u * own.psi;
     }
     if (z_loss != 0) {
       Vec<R> lse = m + log1p_rest;
@@ -358,7 +359,7 @@ void tile_backward(const Tile<R>& t, R gamma, R z_loss, R scale, R softcap, cons
         Vec<R> own = accurate_gradient<R>(d, e, u_psi, rest, u_psi, z_term, upstream);
         g = target == Int<R>(c) ? own : e * per_exp;
       } else {
-        Vec<R> u = tile_u<R>(t, c, i, target, own_u), own = -u;
+        Vec<R> u = tile_u<R>(t, c, i) + (target == Int<R>(c) ? own_u : splat<R>(0)), own = -u;
         if constexpr (focal) own = u == 0 ? u : u * focal_terms<R>(d, e, rest, log1p_rest, gamma).psi;
         g = accurate_gradient<R>(d, e, own, rest, u_psi, z_term, upstream);
       }

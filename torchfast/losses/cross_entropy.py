@@ -57,6 +57,7 @@ def _row_terms(
     target: Tensor,
     weight: Tensor | None,
     alpha: Tensor | None,
+    sample_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
@@ -81,6 +82,8 @@ def _row_terms(
         t = torch.where(valid, t, 0)
         y = (t.unsqueeze(-1) == torch.arange(classes, device=x.device)).to(dtype)
         w_t = torch.where(valid, w.gather(0, t.reshape(-1)).reshape(t.shape), 0.0)
+    if sample_weight is not None:  # a row of weight 0 is ignored, whatever it holds
+        valid = valid & ((sample_weight != 0) | (x < torch.inf).all(dim=-1))
     x = torch.where(valid.unsqueeze(-1), x, 0.0)
     z = logit_scale * x
     if softcap:
@@ -130,16 +133,17 @@ def _reference(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor]:
     _, m, rest, log_p, u, valid, bad, w_t = _row_terms(
-        logits, target, weight, alpha, ignore_index, label_smoothing, softcap, logit_scale
+        logits, target, weight, alpha, sample_weight, ignore_index, label_smoothing, softcap, logit_scale
     )
     # A class that does not count contributes exactly 0, also where its logit is -inf.
-    counted = torch.where(u == 0, -1.0, log_p)
-    loss = (u * _modulated(counted, gamma)).sum(dim=-1)
+    excluded = (u == 0) & ~log_p.isfinite()
+    counted = torch.where(excluded, -1.0, log_p)
+    loss = torch.where(excluded, 0.0, u * _modulated(counted, gamma)).sum(dim=-1)
     if z_loss:
         loss = loss + z_loss * (m + rest.log1p()).squeeze(-1) ** 2
     if sample_weight is not None:
         sample_weight = sample_weight.to(loss.dtype)
-        valid = valid & (sample_weight != 0)
+        valid = valid & ((sample_weight != 0) | loss.isfinite())
         loss, w_t = loss * sample_weight, w_t * sample_weight
     loss = torch.where(bad, torch.nan, torch.where(valid, loss, 0.0))
     divisor = w_t.sum() if reduction == 1 else torch.ones_like(loss.sum())
@@ -151,7 +155,8 @@ def _reference(
             loss = torch.where(divisor == 0, 0.0, loss)
     sum_u_psi = (u * _psi(counted.detach(), gamma)).sum(dim=-1)
     stats = torch.stack([m.squeeze(-1), rest.squeeze(-1), sum_u_psi]).detach()
-    stats = torch.where(valid, stats, 0.0).flatten()
+    used = valid if sample_weight is None else valid & (sample_weight != 0)
+    stats = torch.where(used, stats, 0.0).flatten()
     return loss, torch.cat([stats, divisor.detach().reshape(1)])
 
 
@@ -174,12 +179,12 @@ def _reference_backward(
     residuals: Tensor,
 ) -> Tensor:
     z, m, rest, log_p, u, valid, _, w_t = _row_terms(
-        logits, target, weight, alpha, ignore_index, label_smoothing, softcap, logit_scale
+        logits, target, weight, alpha, sample_weight, ignore_index, label_smoothing, softcap, logit_scale
     )
     p = log_p.exp()
     u_psi = torch.where(u == 0, 0.0, u * _psi(log_p, gamma))
-    row = 2 * z_loss * (m + rest.log1p()) - u_psi.sum(dim=-1, keepdim=True)
-    grad = (u_psi + p * row) * logit_scale
+    others = u_psi - u_psi.sum(dim=-1, keepdim=True) + 2 * z_loss * (m + rest.log1p())
+    grad = (u_psi * -log_p.expm1() + p * others) * logit_scale  # keeps its digits where p rounds to 1
     if softcap:
         grad = grad * (1 - (z / softcap) ** 2)
     divisor = residuals[-1]
@@ -200,6 +205,16 @@ def _fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor
 
 
 # ---- Public functions ------------------------------------------------------------------------
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may share memory."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _check(name: str, ok: bool, given: object, allowed: object) -> None:
@@ -234,8 +249,9 @@ def _check_tensors(input: Tensor, target: Tensor, others: dict[str, Tensor | Non
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of a floating dtype, got {given}")
         allowed = rows if name == "sample_weight" else (classes,)
         scalar = name == "alpha" and tensor.numel() == 1
         _check(f"{name}'s shape", scalar or tensor.shape == allowed, tuple(tensor.shape), tuple(allowed))
@@ -315,7 +331,7 @@ def cross_entropy(
         >>> loss = torchfast.cross_entropy(logits, torch.tensor([0, 2]), label_smoothing=0.1)
         >>> loss.backward()
         >>> print(f"{loss.item():.4f}", tuple(logits.grad.shape))
-        1.6134 (2, 3)
+        1.6055 (2, 3)
     """
     if isinstance(alpha, (int, float)):
         alpha = torch.full((1,), alpha, dtype=_accumulate_dtype(input), device=input.device)
@@ -334,7 +350,7 @@ def cross_entropy(
         reduction = "sum"
     if inplace_backward and input.requires_grad:
         _check("inplace_backward", not input.is_leaf, True, "False for an input that is a leaf of autograd")
-        _check("inplace_backward", 0 not in input.stride(), True, "False for an expanded input")
+        _check("inplace_backward", not _overlaps(input), True, "False for an input that is expanded or overlaps itself")
         inplace_backward = not torch.compiler.is_compiling()
     loss = _op(
         input,
@@ -352,6 +368,8 @@ def cross_entropy(
         empty == "zero",
         inplace_backward,
     )
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(loss.dtype)
     return loss if normalizer is None else loss / normalizer
 
 
@@ -366,7 +384,7 @@ def focal_loss(
         >>> import torch, torchfast
         >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 3.0, 0.2]])
         >>> print(f"{torchfast.focal_loss(logits, torch.tensor([0, 2]), alpha=0.25):.4f}")
-        0.3327
+        0.3265
     """
     return cross_entropy(input, target, weight, gamma=gamma, **options)
 
