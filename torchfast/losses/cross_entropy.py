@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,25 +62,28 @@ def _row_terms(
     label_smoothing: float,
     softcap: float,
     logit_scale: float,
-) -> tuple[Tensor, ...]:
-    """Per row and class, class dimension last: z, m, rest, L, u; per row: valid, bad, w_t."""
+) -> tuple[Any, ...]:
+    """Class dimension last: z, m, rest, L; the parts of u; per row: valid, bad, w_t.
+
+    u is the sum of its parts (values, classes): of all classes where the latter is None. The index
+    target's own class is a part by itself, for its digits and for the memory of a one-hot tensor.
+    """
     dtype = _accumulate_dtype(logits)
     x = logits.movedim(_class_dim(logits), -1).to(dtype)
     classes = x.shape[-1]
     w = torch.ones(classes, dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
     if target.is_floating_point():
-        y = target.movedim(_class_dim(logits), -1).to(dtype)
+        t = None
         valid = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         bad = ~valid
         w_t = valid.to(dtype)
     else:
-        valid = target != ignore_index
         t = target.long()
+        valid = t != ignore_index
         bad = valid & ((t < 0) | (t >= classes))
         _check_range(target, bad, classes)
         valid = valid & ~bad
         t = torch.where(valid, t, 0)
-        y = (t.unsqueeze(-1) == torch.arange(classes, device=x.device)).to(dtype)
         w_t = torch.where(valid, w.gather(0, t.reshape(-1)).reshape(t.shape), 0.0)
     if sample_weight is not None:  # a row of weight 0 is ignored, whatever it holds
         valid = valid & ((sample_weight != 0) | (x < torch.inf).all(dim=-1))
@@ -93,10 +96,27 @@ def _row_terms(
     # The gather is 0, or NaN where m is not finite: torch.softmax of such a row is NaN too.
     rest = d.exp().scatter(-1, top, 0.0).sum(dim=-1, keepdim=True) + d.gather(-1, top)
     log_p = d - rest.log1p()
-    u = ((1 - label_smoothing) * y + label_smoothing / classes) * w
-    if alpha is not None:
-        u = u * alpha.to(dtype)
-    return z, m, rest, log_p, u, valid, bad, w_t
+    wa = w if alpha is None else w * alpha.to(dtype)
+    keep, uniform = 1 - label_smoothing, label_smoothing / classes
+    parts: list[tuple[Tensor, Tensor | None]]
+    if t is None:
+        parts = [((keep * target.movedim(_class_dim(logits), -1).to(dtype) + uniform) * wa, None)]
+    else:
+        own = keep * wa.gather(0, t.reshape(-1)).reshape(t.shape)
+        parts = [(own.unsqueeze(-1), t.unsqueeze(-1))] + ([(uniform * wa, None)] if uniform else [])
+    return z, m, rest, log_p, parts, valid, bad, w_t
+
+
+def _sum_over_classes(
+    parts: list[tuple[Tensor, Tensor | None]], log_p: Tensor, f: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """sum_c u_c f(L_c). A class that does not count contributes exactly 0, also where its logit is -inf."""
+    total = torch.zeros_like(log_p[..., 0])
+    for u, classes in parts:
+        terms = log_p if classes is None else log_p.gather(-1, classes)
+        excluded = (u == 0) & ~terms.isfinite()
+        total = total + torch.where(excluded, 0.0, u * f(torch.where(excluded, -1.0, terms))).sum(dim=-1)
+    return total
 
 
 def _modulated(log_p: Tensor, gamma: float) -> Tensor:
@@ -132,13 +152,10 @@ def _reference(
     empty_zero: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    _, m, rest, log_p, u, valid, bad, w_t = _row_terms(
+    _, m, rest, log_p, parts, valid, bad, w_t = _row_terms(
         logits, target, weight, alpha, sample_weight, ignore_index, label_smoothing, softcap, logit_scale
     )
-    # A class that does not count contributes exactly 0, also where its logit is -inf.
-    excluded = (u == 0) & ~log_p.isfinite()
-    counted = torch.where(excluded, -1.0, log_p)
-    loss = torch.where(excluded, 0.0, u * _modulated(counted, gamma)).sum(dim=-1)
+    loss = _sum_over_classes(parts, log_p, lambda terms: _modulated(terms, gamma))
     if z_loss:
         loss = loss + z_loss * (m + rest.log1p()).squeeze(-1) ** 2
     if sample_weight is not None:
@@ -153,7 +170,7 @@ def _reference(
         loss = loss / divisor
         if empty_zero:
             loss = torch.where(divisor == 0, 0.0, loss)
-    sum_u_psi = (u * _psi(counted.detach(), gamma)).sum(dim=-1)
+    sum_u_psi = _sum_over_classes(parts, log_p.detach(), lambda terms: _psi(terms, gamma))
     stats = torch.stack([m.squeeze(-1), rest.squeeze(-1), sum_u_psi]).detach()
     used = valid if sample_weight is None else valid & (sample_weight != 0)
     stats = torch.where(used, stats, 0.0).flatten()
@@ -178,10 +195,12 @@ def _reference_backward(
     inplace_backward: bool,
     residuals: Tensor,
 ) -> Tensor:
-    z, m, rest, log_p, u, valid, _, w_t = _row_terms(
+    z, m, rest, log_p, parts, valid, _, w_t = _row_terms(
         logits, target, weight, alpha, sample_weight, ignore_index, label_smoothing, softcap, logit_scale
     )
-    p = log_p.exp()
+    p, u = log_p.exp(), torch.zeros_like(log_p)
+    for values, classes in parts:
+        u = u + values if classes is None else u.scatter_add(-1, classes, values)
     u_psi = torch.where(u == 0, 0.0, u * _psi(log_p, gamma))
     others = u_psi - u_psi.sum(dim=-1, keepdim=True) + 2 * z_loss * (m + rest.log1p())
     grad = (u_psi * -log_p.expm1() + p * others) * logit_scale  # keeps its digits where p rounds to 1
