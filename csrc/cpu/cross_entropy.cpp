@@ -38,7 +38,7 @@ struct Arguments {
 namespace torchfast::TORCHFAST_ISA {
 namespace {
 
-constexpr int64_t kChunk = 4096;     // elements of a row that stay in L1 between its two passes
+constexpr int64_t kChunk = 1024;     // elements of a row that stay in L1 between its two passes
 constexpr int64_t kRowClasses = 64;  // from here on a row is worth a walk of its own
 constexpr int64_t kTileElements = 8192;
 
