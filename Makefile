@@ -12,7 +12,7 @@ setup: .venv/built
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	TORCHFAST_BUILD=0 $(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES)

@@ -44,17 +44,24 @@ class Op:
     forward: Any
     backward: Any
     autograd: type[torch.autograd.Function]
+    tensors: int
+    """How many of the inputs, the first ones, are tensors or None."""
 
     def __call__(self, *inputs: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             # A custom op raises there, or silently loses tangents.
             return self.reference(*inputs)[0]
+        compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled():
-            if any(isinstance(a, Tensor) and a.requires_grad for a in inputs[1:]):
-                return self.reference(*inputs)[0]  # fused is the gradient of the first input only
-            if inputs[0].requires_grad and not torch.compiler.is_compiling():
+            for other in inputs[1 : self.tensors]:
+                if other is not None and other.requires_grad:  # fused is the gradient of the first alone
+                    return self.reference(*inputs)[0]
+            if inputs[0].requires_grad and not compiling:
                 return self.autograd.apply(*inputs)
-        return self.forward(*inputs)[0]
+        if compiling:
+            return self.forward(*inputs)[0]
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward(*inputs)[0]
 
 
 #: Every registered op by name.
@@ -127,7 +134,8 @@ def register(
             # Whoever saved the logits for its own backward must hear that they are gone.
             torch.autograd.graph.increment_version(inputs[0])
             return (inputs[0].detach(), *none)
-        return (backward_op(grad, *inputs, *residuals), *none)
+        with torch._C._AutoDispatchBelowAutograd():
+            return (backward_op(grad, *inputs, *residuals), *none)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
@@ -147,5 +155,5 @@ def register(
             return loss
 
     Fused.backward = staticmethod(backward)  # type: ignore[assignment]
-    registry[name] = Op(name, function, sample_inputs, reference, forward_op, backward_op, Fused)
+    registry[name] = Op(name, function, sample_inputs, reference, forward_op, backward_op, Fused, tensors)
     return registry[name]
