@@ -73,9 +73,7 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_works(source: Path, tmp
     assert_works_as_reference(tmp_path / "site")
 
 
-def test_a_failing_compiler_leaves_a_working_package_and_no_stale_library(
-    source: Path, tmp_path: Path
-) -> None:
+def test_a_failing_compiler_leaves_a_working_package_and_no_stale_library(source: Path, tmp_path: Path) -> None:
     wheel, log = build_wheel(source, tmp_path, CXX="/bin/false")
     assert wheel is not None, log
     assert "the native build failed, so this build is pure Python" in log
@@ -84,9 +82,7 @@ def test_a_failing_compiler_leaves_a_working_package_and_no_stale_library(
 
 
 @pytest.mark.parametrize("compiler", ["/nonexistent/c++", "/bin/false"])
-def test_require_turns_a_missing_or_failing_compiler_into_an_error(
-    source: Path, tmp_path: Path, compiler: str
-) -> None:
+def test_require_turns_a_missing_or_failing_compiler_into_an_error(source: Path, tmp_path: Path, compiler: str) -> None:
     wheel, log = build_wheel(source, tmp_path, CXX=compiler, TORCHFAST_BUILD="require")
     assert wheel is None and "TORCHFAST_BUILD=require, but" in log
 
@@ -111,9 +107,7 @@ def test_the_native_wheel_holds_the_library_and_serves_the_op(source: Path, tmp_
 def test_the_binary_contains_code_for_every_gpu_architecture_it_names() -> None:
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    listed = subprocess.run(
-        [tool, "--list-elf", torchfast._C.__file__], capture_output=True, text=True
-    ).stdout
+    listed = subprocess.run([tool, "--list-elf", torchfast._C.__file__], capture_output=True, text=True).stdout
     for arch in ("sm_80", "sm_90", "sm_100"):
         assert f".{arch}." in listed, listed
         assert arch in torchfast._C.build_info()["cuda_archs"].split()
@@ -123,9 +117,7 @@ def test_the_binary_contains_code_for_every_gpu_architecture_it_names() -> None:
 
 
 def test_importing_is_light() -> None:
-    code = (
-        "import sys, torch; before = set(sys.modules); import torchfast; print(*(set(sys.modules) - before))"
-    )
+    code = "import sys, torch; before = set(sys.modules); import torchfast; print(*(set(sys.modules) - before))"
     new = run("-c", code, cwd=ROOT).stdout.split()
     assert "torchfast" in new
     assert not {"torchmetrics", "triton", "matplotlib", "numpy"} & {name.split(".")[0] for name in new}
