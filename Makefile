@@ -25,6 +25,7 @@ demo: setup
 test: setup lint types
 	$(BIN)/python -m pytest -q
 	TORCHFAST_ISA=avx2 $(BIN)/python -m pytest -q tests/test_cross_entropy.py
+	TORCHFAST_ISA=baseline $(BIN)/python -m pytest -q tests/test_cross_entropy.py
 	TORCHFAST_DISABLE_NATIVE=1 $(BIN)/python -m pytest -q --deselect tests/test_install.py
 
 lint: setup

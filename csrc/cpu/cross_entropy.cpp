@@ -6,7 +6,8 @@
 //   rows    long contiguous rows: chunks of a row in L1, online maximum, one read of memory
 //   tiles   few classes or a strided class dimension: a tile of positions, one position per lane
 // Backward reads the logits again and writes the gradient once; nothing else is input-sized.
-// Measured and dropped: see PERFORMANCE notes at the end of this header.
+// Tried and not faster: chunks of 512, 2048, 4096 and 8192 elements; prefetching beyond the next chunk;
+// reading a tile of contiguous rows row by row (1.4 times as long as class by class).
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -412,9 +413,11 @@ struct Scratch {
         g(new R[size]),
         own_u(new R[positions]),
         upstream(new R[positions]),
-        target(new Int<R>[positions]) {}
+        target(new Int<R>[positions]),
+        offsets(new int64_t[positions]) {}
   std::unique_ptr<R[]> z, y, g, own_u, upstream;
   std::unique_ptr<Int<R>[]> target;
+  std::unique_ptr<int64_t[]> offsets;
 };
 
 template <class T, class R>
@@ -594,46 +597,51 @@ struct Problem {
     return {class_u.data() + c, probs, keep, uniform};
   }
 
-  // Calls each(j, offset) for positions i .. i+n-1 of tensor k.
-  template <class F>
-  void for_each_offset(int k, int64_t i, int64_t n, const F& each) const {
-    if (positions.is_run(i, n)) {
-      int64_t base = positions.offset(i, k), step = positions.inner_stride(k);
-      for (int64_t j = 0; j < n; ++j) each(j, base + j * step);
-    } else {
-      for (int64_t j = 0; j < n; ++j) each(j, positions.offset(i + j, k));
-    }
-  }
+  // Where positions i .. i+n-1 of p lie: at `run`, `step` apart, or else at p + offsets.
   template <class S>
-  void stage_tile(const S* p, int k, int64_t stride, int64_t i, int64_t n, int64_t width, R* tile) const {
-    if (positions.inner_stride(k) == 1 && positions.is_run(i, n)) {
-      const S* from = p + positions.offset(i, k);
-      for (int64_t c = 0; c < classes; ++c) widen<R>(from + c * stride, tile + c * width, n);
-    } else {
-      for_each_offset(k, i, n, [&, stride, width, count = classes](int64_t j, int64_t offset) {
-        for (int64_t c = 0; c < count; ++c) tile[c * width + j] = to_real(p[offset + c * stride]);
-      });
-    }
-    for (int64_t c = 0; n < width && c < classes; ++c)
-      std::fill(tile + c * width + n, tile + (c + 1) * width, R(0));
+  S* find_run(S* p, int k, int64_t i, int64_t n, int64_t* offsets) const {
+    if (positions.is_run(i, n)) return p + positions.offset(i, k);
+    for (int64_t j = 0; j < n; ++j) offsets[j] = positions.offset(i + j, k);
+    return nullptr;
   }
-  void unstage_tile(const R* tile, T* out, int64_t stride, int64_t i, int64_t n, int64_t width) const {
-    if (positions.inner_stride(2) == 1 && positions.is_run(i, n)) {
-      T* to = out + positions.offset(i, 2);
-      for (int64_t c = 0; c < classes; ++c) narrow<R>(tile + c * width, to + c * stride, n);
-    } else {
-      for_each_offset(2, i, n, [&, stride, width, count = classes](int64_t j, int64_t offset) {
-        for (int64_t c = 0; c < count; ++c) from_real(out + offset + c * stride, tile[c * width + j]);
-      });
+  // Those positions as [classes][width]; idle lanes 0.
+  template <class S>
+  void stage_tile(const S* p, int k, int64_t stride, int64_t i, int64_t n, int64_t width, R* tile,
+                  int64_t* offsets) const {
+    int64_t step = positions.inner_stride(k);
+    const S* run = find_run(p, k, i, n, offsets);
+    for (int64_t c = 0; c < classes; ++c, tile += width) {
+      if (run && step == 1)
+        widen<R>(run + c * stride, tile, n);
+      else if (run)
+        for (int64_t j = 0; j < n; ++j) tile[j] = to_real(run[j * step + c * stride]);
+      else
+        for (int64_t j = 0; j < n; ++j) tile[j] = to_real(p[offsets[j] + c * stride]);
+      std::fill(tile + n, tile + width, R(0));
+    }
+  }
+  void unstage_tile(const R* tile, T* out, int64_t stride, int64_t i, int64_t n, int64_t width,
+                    int64_t* offsets) const {
+    int64_t step = positions.inner_stride(2);
+    T* run = find_run(out, 2, i, n, offsets);
+    for (int64_t c = 0; c < classes; ++c, tile += width) {
+      if (run && step == 1)
+        narrow<R>(tile, run + c * stride, n);
+      else if (run)
+        for (int64_t j = 0; j < n; ++j) from_real(run + j * step + c * stride, tile[j]);
+      else
+        for (int64_t j = 0; j < n; ++j) from_real(out + offsets[j] + c * stride, tile[j]);
     }
   }
   Tile<R> tile(int64_t i, int64_t n, Scratch<R>& s) const {
     int64_t width = (n + kLanes - 1) / kLanes * kLanes;
     std::fill(s.target.get() + n, s.target.get() + width, kIgnored);
-    stage_tile(x, 0, class_stride, i, n, width, s.z.get());
+    stage_tile(x, 0, class_stride, i, n, width, s.z.get(), s.offsets.get());
     if (a.transformed()) transform<R>(s.z.get(), classes * width, R(a.logit_scale), R(a.softcap));
     if (probabilities)
-      with_probs([&](auto* y) { stage_tile(y, 1, target.stride(class_dim), i, n, width, s.y.get()); });
+      with_probs([&](auto* y) {
+        stage_tile(y, 1, target.stride(class_dim), i, n, width, s.y.get(), s.offsets.get());
+      });
     for (int64_t j = 0; !own.empty() && j < width; ++j) s.own_u[j] = own_u(s.target[j]);
     Weights<R> weights{class_u.data(), probabilities ? s.y.get() : nullptr, keep, uniform};
     return {s.z.get(), classes, width, n, weights, s.target.get(), own.empty() ? nullptr : s.own_u.get()};
@@ -866,7 +874,7 @@ void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& residua
         tile_backward<R, dense(), focal()>(tile, R(a.gamma), R(a.z_loss), R(a.logit_scale), R(a.softcap),
                                            stats + begin, problem.rows, s.upstream.get());
       });
-      problem.unstage_tile(tile.z, out, out_stride, begin, n, tile.width);
+      problem.unstage_tile(tile.z, out, out_stride, begin, n, tile.width, s.offsets.get());
       return;
     }
     for (int64_t i = begin; i < begin + n; ++i) {
