@@ -114,26 +114,25 @@ def native_build() -> dict:
     )
 
     class Build(BuildExtension):
-        def build_extensions(self) -> None:
+        def run(self) -> None:
             # A library left from an earlier build must not outlive a failed one.
-            target = Path(self.get_ext_fullpath(extension.name))
-            target.unlink(missing_ok=True)
+            package = [HERE] if self.inplace else []
+            for folder in (*package, Path(self.build_lib)):
+                for stale in (folder / "torchfast").glob("_C.*"):
+                    if stale.suffix != ".pyi":
+                        stale.unlink()
+            super().run()
+
+        def build_extensions(self) -> None:
             try:
                 if nvcc:
                     extension.extra_objects = compile_cuda(nvcc, Path(self.build_temp) / "cuda")
-                    extension.extra_link_args += [
-                        f"-L{cuda_library_dir(nvcc)}",
-                        "-lcudart_static",
-                        "-lrt",
-                        "-ldl",
-                    ]
+                    extension.extra_link_args += [f"-L{cuda_library_dir(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
                 super().build_extensions()
             except Exception as error:
                 if wanted == "require":
                     raise SystemExit(f"torchfast: TORCHFAST_BUILD=require, but the build failed: {error}") from error
                 print(f"torchfast: the native build failed, so this build is pure Python: {error}")
-                for left in (target, Path(self.build_lib) / "torchfast" / target.name):
-                    left.unlink(missing_ok=True)
                 extension.optional = True  # nothing to copy into the package
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

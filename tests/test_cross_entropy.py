@@ -1031,6 +1031,27 @@ def test_inplace_backward_refuses_leaves_and_expanded_logits(device):
         cross_entropy(expanded, t, inplace_backward=True)
 
 
+@pytest.mark.parametrize("view", [lambda p: p.view(9, 70), lambda p: p[0], lambda p: p.view(9, 70)[:5]], ids=str)
+def test_inplace_backward_refuses_views_of_a_leaf(view, device):
+    """p.grad would be p's own memory, and the optimizer would zero the parameter."""
+    parameter = torch.randn(1, 9, 70, device=device, requires_grad=True)
+    logits = view(parameter)
+    with pytest.raises(ValueError, match="inplace_backward.*leaf"):
+        cross_entropy(logits, torch.arange(len(logits), device=device), inplace_backward=True)
+
+
+def test_inplace_backward_under_checkpointing_is_right(device):
+    """There the logits are saved through hooks, and autograd does not check their version."""
+    x, t = example(device)
+
+    def loss(x, inplace):
+        return cross_entropy(x.exp(), t, inplace_backward=inplace)
+
+    expected = gradient_of(loss(x.requires_grad_(), False), x)
+    actual = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, x, True, use_reentrant=False), x)[0]
+    same(actual, expected)
+
+
 def test_inplace_backward_refuses_overlapping_logits(device):
     """Windows that share memory cannot all hold their own gradient."""
     windows = torch.randn(20, device=device, requires_grad=True).mul(1.0).unfold(0, 8, 2)
@@ -1105,6 +1126,20 @@ def test_gradient_of_a_tensor_normalizer(device):
     n = torch.tensor(3.0, device=device, dtype=torch.float64, requires_grad=True)
     t = torch.tensor([0, 2, 4, -100], device=device)
     assert torch.autograd.gradcheck(lambda x, n: cross_entropy(x, t, gamma=1.0, normalizer=n), (x, n))
+
+
+def test_gradient_of_weights_compiles_as_one_graph(device):
+    x, t = example(device)
+    weight = torch.rand(70, device=device, requires_grad=True)
+    expected = gradient_of(cross_entropy(x, t, weight), weight)
+    compiled = torch.compile(lambda w: cross_entropy(x, t, w), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradient_of(compiled(weight), weight), expected)
+
+
+def test_probabilities_in_float8(device):
+    x = torch.randn(3, 2, device=device)
+    y = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]], device=device)
+    same(cross_entropy(x, y.to(torch.float8_e4m3fn)), cross_entropy(x, y))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "pyproject.toml",
             "README.md",
             "LICENSE",
+            "MANIFEST.in",
         ):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
@@ -93,6 +95,23 @@ def test_a_failing_compiler_leaves_a_working_package_and_no_stale_library(source
 def test_require_turns_a_missing_or_failing_compiler_into_an_error(source: Path, tmp_path: Path, compiler: str) -> None:
     wheel, log = build_wheel(source, tmp_path, CXX=compiler, TORCHFAST_BUILD="require")
     assert wheel is None and "TORCHFAST_BUILD=require, but" in log
+
+
+def test_a_failed_build_in_place_leaves_no_stale_library(source: Path) -> None:
+    stale = source / "torchfast" / "_C.cpython-311-x86_64-linux-gnu.so"
+    stale.write_bytes(b"from an earlier build")
+    result = run("setup.py", "build_ext", "--inplace", cwd=source, CXX="/bin/false", TORCHFAST_CUDA="0")
+    assert "this build is pure Python" in result.stdout, result.stderr
+    assert not stale.exists() and (source / "torchfast" / "_C.pyi").exists()
+
+
+def test_a_source_distribution_made_without_torch_can_be_built_natively(source: Path) -> None:
+    result = run("setup.py", "sdist", cwd=source, TORCHFAST_BUILD="0")
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.split("/", 1)[-1] for name in content.getnames()}
+    sources = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
+    assert len(sources) > 5 and sources <= names, result.stderr
 
 
 @pytest.mark.skipif(_native.unavailable_reason is not None, reason="this build is pure Python")

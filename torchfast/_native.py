@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-_HOW_TO_BUILD = "build it with: pip install --no-build-isolation torchfast (needs g++)"
+_HOW_TO_BUILD = (
+    "in torchfast's sources, with torch and a C++ compiler: pip install --no-build-isolation --no-cache-dir ."
+)
 
 
 def _load() -> str | None:

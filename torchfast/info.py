@@ -71,7 +71,7 @@ def main() -> None:
         return
     for section, content in result.items():
         print(section)
-        for name, value in (content or {"-": "none"}).items():
+        for name, value in (content if isinstance(content, dict) else {"-": content}).items():
             if isinstance(value, dict):
                 value = ", ".join(f"{k}: {v}" for k, v in value.items())
             print(f"  {name:18} {value}")

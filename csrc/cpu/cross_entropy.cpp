@@ -373,9 +373,19 @@ void tile_backward(const Tile<R>& t, R gamma, R z_loss, R scale, R softcap, cons
 
 // ---- Arguments, in the form the kernels read ---------------------------------------------------
 
-bool is_float(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
+// Class indices; any other target holds probabilities.
+bool is_integer(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Long:
+    case ScalarType::Int:
+    case ScalarType::Short:
+    case ScalarType::Char:
+    case ScalarType::Byte:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64: return true;
+    default: return false;
+  }
 }
 
 template <class R>
@@ -407,10 +417,10 @@ auto with_index_type(const Tensor& x, const F& f) {
 // One thread's memory: a tile, or chunks of a row.
 template <class R>
 struct Scratch {
-  Scratch(int64_t size, int64_t positions)
+  Scratch(int64_t size, bool by_rows, bool probabilities, int64_t positions)
       : z(new R[size]),
-        y(new R[size]),
-        g(new R[size]),
+        y(new R[probabilities ? size : 0]),
+        g(new R[by_rows ? size : 0]),
         own_u(new R[positions]),
         upstream(new R[positions]),
         target(new Int<R>[positions]),
@@ -427,7 +437,7 @@ struct Problem {
         class_dim(a.logits.dim() == 1 ? 0 : 1),
         classes(a.logits.size(class_dim)),
         class_stride(a.logits.stride(class_dim)),
-        probabilities(is_float(a.target.scalar_type())),
+        probabilities(!is_integer(a.target.scalar_type())),
         target(readable_target()),
         positions(a.logits, class_dim, {&a.logits, probabilities ? &target : nullptr, gradient}),
         rows(positions.count()) {
@@ -463,7 +473,8 @@ struct Problem {
   Tensor readable_target() const {
     auto dtype = a.target.scalar_type();
     if (probabilities) {
-      bool staged = dtype == real_type<R> || (std::is_same_v<R, float> && dtype != ScalarType::Double);
+      bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+      bool staged = dtype == real_type<R> || (std::is_same_v<R, float> && half);
       return staged ? a.target : torch::stable::to(a.target, real_type<R>);
     }
     bool known = dtype == ScalarType::Int || dtype == ScalarType::Short || dtype == ScalarType::Char ||
@@ -472,7 +483,7 @@ struct Problem {
   }
 
   void check() const {  // memory safety for direct callers of the op; the messages are the public function's
-    STD_TORCH_CHECK(classes > 0, "input must have at least one class");
+    STD_TORCH_CHECK(classes > 0 && classes <= INT32_MAX, "input must have 1 to 2^31-1 classes");
     bool same_shape = a.target.dim() == a.logits.dim();
     for (int64_t d = 0; same_shape && d < a.logits.dim(); ++d)
       same_shape = a.target.size(d) == a.logits.size(d);
@@ -493,7 +504,7 @@ struct Problem {
     int64_t size = by_rows ? std::min(kChunk, classes) : classes * per_block;
     int64_t grain = std::max<int64_t>(1, kGrainElements / (per_block * classes));
     torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
-      Scratch<R> scratch(size, per_block);
+      Scratch<R> scratch(size, by_rows, probabilities, per_block);
       for (int64_t block = from; block < to; ++block) {
         int64_t begin = block * per_block, n = std::min(per_block, rows - begin);
         decode(begin, n, scratch.target.get());
@@ -722,7 +733,7 @@ RowResult<R> forward_row(const Problem<T, R>& problem, int64_t i, Int<R> target,
               : kind == U::probs ? w.classes[j] * (w.probs[j] * w.keep + w.uniform)
                                  : w.classes[j];
         sums.u += u;
-        if (u != 0) sums.ud = -INFINITY;
+        if (u != 0) sums.ud += u * -INFINITY;
         if (std::isnan(z[j])) sums.rest = NAN;
       }
       continue;

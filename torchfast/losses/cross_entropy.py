@@ -46,7 +46,8 @@ def _class_dim(logits: Tensor) -> int:
 def _check_range(target: Tensor, out_of_range: Tensor, classes: int) -> None:
     """Raises where reading the data is free (CPU) or asked for (TORCHFAST_CHECK=1)."""
     readable = target.device.type == "cpu" or os.environ.get("TORCHFAST_CHECK") == "1"
-    if torch._C._are_functorch_transforms_active() or not readable or not out_of_range.any():
+    traced = torch.compiler.is_compiling() or type(out_of_range) is not Tensor  # has no values to look at
+    if traced or torch._C._are_functorch_transforms_active() or not readable or not out_of_range.any():
         return
     value = int(target[out_of_range].flatten()[0])
     raise IndexError(f"target {value} is out of range: allowed are 0 to {classes - 1} and ignore_index")
@@ -328,7 +329,8 @@ def cross_entropy(
         empty: the ``"mean"`` when its divisor is 0 (no rows, or all ignored): ``"nan"`` as torch, or
             ``"zero"``. The gradient is 0 in either case.
         inplace_backward: the backward writes the gradient over ``input``'s memory, which saves an
-            allocation of that size. PyTorch then refuses any later use of the logits by autograd.
+            allocation of that size. PyTorch then refuses any later use of the logits by autograd. Without
+            effect under ``torch.compile``, activation checkpointing and other saved-tensor hooks.
 
     Returns:
         The loss: a scalar, or shape ``()``, ``(N,)`` or ``(N, d1, ...)`` with ``"none"``. float64 for
@@ -339,7 +341,7 @@ def cross_entropy(
         ValueError, TypeError: an argument has a wrong value, shape, device or dtype.
         IndexError: a class index is out of range (on the CPU). On other devices, which are never
             made to wait, that row's loss is NaN and its gradient 0, unless ``TORCHFAST_CHECK=1``
-            is set in the environment.
+            is set in the environment; so it is under ``torch.func`` transforms.
 
     Gradients with respect to probabilities, ``weight``, ``alpha`` and ``sample_weight``, double
     backward, ``torch.func`` transforms and forward-mode AD work too, through plain PyTorch.
@@ -368,9 +370,12 @@ def cross_entropy(
         _check("normalizer's shape", shape == (), shape, "()")
         reduction = "sum"
     if inplace_backward and input.requires_grad:
-        _check("inplace_backward", not input.is_leaf, True, "False for an input that is a leaf of autograd")
+        root = input if input._base is None else input._base
+        _check("inplace_backward", not root.is_leaf, True, "False for a leaf of autograd or a view of one")
         _check("inplace_backward", not _overlaps(input), True, "False for an input that is expanded or overlaps itself")
-        inplace_backward = not torch.compiler.is_compiling()
+        # With saved-tensor hooks (as under checkpointing) autograd does not see that the logits are gone.
+        hooks = torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        inplace_backward = not hooks
     loss = _op(
         input,
         target,
