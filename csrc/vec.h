@@ -189,18 +189,25 @@ TORCHFAST_INLINE Vec<R> only_n(Vec<R> v, Count n, R other) {
   return v;
 }
 
+// Lanes are combined as a tree: one after the other they would wait for each other.
+template <class T, class V, class Op>
+TORCHFAST_INLINE T reduce_lanes(V v, const Op& op) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  T t[lanes];
+  for (int i = 0; i < lanes; ++i) t[i] = v[i];
+  for (int half = lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] = op(t[i], t[i + half]);
+  return t[0];
+}
+
 template <class R>
 TORCHFAST_INLINE double sum_lanes(Vec<R> v) {
-  double sum = 0;
-  for (int i = 0; i < Simd<R>::lanes; ++i) sum += v[i];
-  return sum;
+  return reduce_lanes<double>(v, [](double a, double b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <class R>
 TORCHFAST_INLINE R max_lanes(Vec<R> v) {
-  R max = v[0];
-  for (int i = 1; i < Simd<R>::lanes; ++i) max = v[i] > max ? v[i] : max;
-  return max;
+  return reduce_lanes<R>(v, [](R a, R b) __attribute__((always_inline)) { return b > a ? b : a; });
 }
 
 // Half precision (or R itself) to R, and back.

@@ -118,10 +118,8 @@ int64_t chunk_count(const R* z, int64_t n, R value) {
   for_each_vec<R>(n, [&](int64_t i, int k, auto count) __attribute__((always_inline)) {
     found[k] -= only_n<R>(load_n<R>(z + i, count), count, R(NAN)) == value;
   });
-  IntVec<R> all = found[0] + found[1] + found[2] + found[3];
-  int64_t sum = 0;
-  for (int lane = 0; lane < Simd<R>::lanes; ++lane) sum += all[lane];
-  return sum;
+  return reduce_lanes<int64_t>(found[0] + found[1] + found[2] + found[3],
+                               [](int64_t a, int64_t b) __attribute__((always_inline)) { return a + b; });
 }
 
 // What makes u_c besides the index target's own class.
