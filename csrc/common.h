@@ -100,8 +100,8 @@ class Positions {
 
 // A fresh 262 MB output faults 64,000 small pages, half the time of a loss and its gradient.
 // Under transparent_hugepage=madvise (the default of many systems) huge ones must be asked for. In a
-// virtual machine whose host has taken the free memory back, each can cost 3 ms instead of 0.15: the
-// first page tells, and small ones, which mostly come from memory freed lately, serve for the rest.
+// virtual machine whose host has taken the free memory back, each can cost 3 ms instead of 0.15: where
+// the first one is slow, small ones serve for the rest (the first does not always tell).
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
