@@ -272,6 +272,23 @@ def test_loss_and_gradient_follow_the_formula_for_any_options(data, device):
     assert_follows_oracle(x, target, weight, **options)
 
 
+@settings(max_examples=100)
+@given(data=st.data())
+def test_both_derivatives_match_finite_differences_for_any_options(data, device):
+    """The options of the test above on logits that finite differences can follow."""
+    x, target, weight, options = data.draw(calls(device))
+    del options["upstream"]
+    options["empty"] = "zero"  # finite where every row is ignored
+    x = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(x.numel()))
+    x = x.to(device).requires_grad_()
+
+    def loss(x):
+        return cross_entropy(x, target, weight, **options)
+
+    assert torch.autograd.gradcheck(loss, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, x, fast_mode=True)
+
+
 @pytest.mark.parametrize("classes", [4095, 4096, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("probabilities", [False, True])

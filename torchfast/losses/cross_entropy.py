@@ -168,9 +168,9 @@ def _reference(
     if reduction:
         loss = loss.sum()
     if reduction == 1:
-        loss = loss / divisor
-        if empty_zero:
-            loss = torch.where(divisor == 0, 0.0, loss)
+        # Over a divisor of 0 the gradient is 0: the division that fails must not be differentiated.
+        empty = torch.zeros_like(loss) if empty_zero else (loss / divisor).detach()
+        loss = torch.where(divisor == 0, empty, loss / torch.where(divisor == 0, 1.0, divisor))
     sum_u_psi = _sum_over_classes(parts, log_p.detach(), lambda terms: _psi(terms, gamma))
     stats = torch.stack([m.squeeze(-1), rest.squeeze(-1), sum_u_psi]).detach()
     used = valid if sample_weight is None else valid & (sample_weight != 0)
