@@ -144,7 +144,7 @@ def register(
     torch.library.register_autograd(f"torchfast::{name}", backward, setup_context=setup_context)
 
     class Fused(torch.autograd.Function):
-        """The same as the registered autograd, a third faster on tiny inputs: outside torch.compile
+        """The same as the registered autograd, with less overhead on tiny inputs: outside torch.compile
         the dispatcher needs not to call back into Python."""
 
         @staticmethod
