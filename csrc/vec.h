@@ -210,18 +210,11 @@ TORCHFAST_INLINE R max_lanes(Vec<R> v) {
   return reduce_lanes<R>(v, [](R a, R b) __attribute__((always_inline)) { return b > a ? b : a; });
 }
 
-// Half precision (or R itself) to R, and back.
-template <class R, class T>
-void widen(const T* x, R* z, int64_t n) {
+// Half precision (or R itself) to R, or back.
+template <class R, class From, class To>
+void convert(const From* x, To* y, int64_t n) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
-    store_n<R>(z + i, load_n<R>(x + i, count), count);
-  });
-}
-
-template <class R, class T>
-void narrow(const R* g, T* out, int64_t n) {
-  for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
-    store_n<R>(out + i, load_n<R>(g + i, count), count);
+    store_n<R>(y + i, load_n<R>(x + i, count), count);
   });
 }
 

@@ -576,7 +576,7 @@ struct Problem {
     if constexpr (std::is_same_v<S, R>)
       return p;
     else {
-      widen<R>(p, buffer, n);
+      convert<R>(p, buffer, n);
       return buffer;
     }
   }
@@ -621,7 +621,7 @@ struct Problem {
     const S* run = find_run(p, k, i, n, offsets);
     for (int64_t c = 0; c < classes; ++c, tile += width) {
       if (run && step == 1)
-        widen<R>(run + c * stride, tile, n);
+        convert<R>(run + c * stride, tile, n);
       else if (run)
         for (int64_t j = 0; j < n; ++j) tile[j] = to_real(run[j * step + c * stride]);
       else
@@ -635,7 +635,7 @@ struct Problem {
     T* run = find_run(out, 2, i, n, offsets);
     for (int64_t c = 0; c < classes; ++c, tile += width) {
       if (run && step == 1)
-        narrow<R>(tile, run + c * stride, n);
+        convert<R>(tile, run + c * stride, n);
       else if (run)
         for (int64_t j = 0; j < n; ++j) from_real(run + j * step + c * stride, tile[j]);
       else
@@ -852,7 +852,7 @@ void backward_row(const Problem<T, R>& problem, int64_t i, Int<R> target, const 
     if (direct) continue;
     if (a.transformed()) transform_gradient<R>(g, z, n, R(a.logit_scale), R(a.softcap));
     if (out_stride == 1)
-      narrow<R>(g, out + c, n);
+      convert<R>(g, out + c, n);
     else
       for (int64_t j = 0; j < n; ++j) from_real(out + (c + j) * out_stride, g[j]);
   }
