@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from torchfast._env import flag
 
 _HOW_TO_BUILD = (
     "in torchfast's sources, with torch and a C++ compiler: pip install --no-build-isolation --no-cache-dir ."
@@ -10,7 +10,7 @@ _HOW_TO_BUILD = (
 
 
 def _load() -> str | None:
-    if os.environ.get("TORCHFAST_DISABLE_NATIVE", "0") not in ("", "0"):
+    if flag("TORCHFAST_DISABLE_NATIVE"):
         return "disabled by TORCHFAST_DISABLE_NATIVE"
     try:
         import torchfast._C  # noqa: F401  (importing registers the native kernels)

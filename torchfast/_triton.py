@@ -1,12 +1,48 @@
-"""Whether Triton can be imported. CPU builds of torch ship without it."""
+"""Registers Triton kernels where Triton is installed (CPU builds of torch ship without it).
+
+Triton takes a second to import, so it is found at import time and imported at the first call.
+With TRITON_INTERPRET=1 and TORCHFAST_DISABLE_NATIVE=1 they serve CPU tensors as well: so their tests
+run on a machine without a GPU.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from torchfast._env import flag
 
 
 def unavailable_reason() -> str | None:
-    """None when triton is installed (found, not imported: that takes a second), else why not."""
+    """None when triton is installed (found, not imported), else why not."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install torchfast[triton]"
     return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors, in its interpreter."""
+    return flag("TRITON_INTERPRET") and flag("TORCHFAST_DISABLE_NATIVE")
+
+
+def register(module: str, ops: Iterable[str]) -> None:
+    """Registers each function ``op`` of ``module`` as the GPU kernel of ``torchfast::op``."""
+    if unavailable_reason():
+        return
+    devices = ("cuda", "xpu", "cpu") if interpreted() else ("cuda", "xpu")
+
+    @functools.cache
+    def kernel(op: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), op)
+
+    for op in ops:
+
+        def launch(*args: Any, op: str = op) -> Any:
+            return kernel(op)(*args)
+
+        torch.library.register_kernel(f"torchfast::{op}", devices, launch)

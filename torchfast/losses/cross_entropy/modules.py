@@ -1,0 +1,132 @@
+"""The functions as modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchfast.losses.cross_entropy.functional import cross_entropy
+
+
+class CrossEntropyLoss(nn.Module):
+    """Drop-in for :class:`torch.nn.CrossEntropyLoss` with every option of :func:`cross_entropy`.
+
+    ``weight`` and a tensor ``alpha`` are buffers: they move with the module. ``sample_weight`` and
+    ``normalizer`` belong to the batch and are given to the call.
+
+    Example:
+        >>> import torch, torchfast
+        >>> criterion = torchfast.CrossEntropyLoss(label_smoothing=0.1, weight=torch.tensor([1.0, 2.0]))
+        >>> logits = torch.zeros(4, 2, 8, 8, requires_grad=True)
+        >>> loss = criterion(logits, torch.ones(4, 8, 8, dtype=torch.long))
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}")
+        0.6758
+    """
+
+    weight: Tensor | None
+    alpha: float | Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        gamma: float = 0.0,
+        alpha: float | Tensor | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        empty: str = "nan",
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        if size_average is not None or reduce is not None:  # torch's deprecated spelling
+            reduction = nn._reduction.legacy_get_string(size_average, reduce)
+        self.register_buffer("weight", weight)
+        if isinstance(alpha, Tensor):
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.gamma = gamma
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.empty = empty
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            empty=self.empty,
+            inplace_backward=self.inplace_backward,
+        )
+
+    def extra_repr(self) -> str:
+        shown = ("gamma", "alpha", "label_smoothing", "z_loss", "softcap", "logit_scale", "reduction")
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}" for name in shown if not isinstance(getattr(self, name), Tensor)
+        )
+
+
+class FocalLoss(CrossEntropyLoss):
+    """Softmax focal loss: :class:`CrossEntropyLoss` whose first argument is ``gamma``.
+
+    Example:
+        >>> import torch, torchfast
+        >>> criterion = torchfast.FocalLoss(gamma=2.0, alpha=0.25)
+        >>> print(f"{criterion(torch.zeros(4, 10), torch.arange(4)):.4f}")
+        0.4663
+    """
+
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        alpha: float | Tensor | None = None,
+        weight: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(weight, gamma=gamma, alpha=alpha, **options)
+
+
+class LabelSmoothingCrossEntropy(CrossEntropyLoss):
+    """Cross entropy with label smoothing: :class:`CrossEntropyLoss` whose first argument is it.
+
+    Example:
+        >>> import torch, torchfast
+        >>> criterion = torchfast.LabelSmoothingCrossEntropy(0.1)
+        >>> print(f"{criterion(torch.eye(3), torch.arange(3)):.4f}")
+        0.6181
+    """
+
+    def __init__(self, smoothing: float = 0.1, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__(weight, label_smoothing=smoothing, **options)
+
+

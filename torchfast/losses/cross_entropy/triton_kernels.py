@@ -1,0 +1,741 @@
+"""Triton kernels of the softmax loss family, for GPUs. Formula and names are those of the package.
+
+A program owns a tile of M rows x BLOCK classes. The axis of the tile with stride 1 (classes of (N, C)
+and channels_last, positions of (N, C, H, W)) is accessed in vectors of 16 bytes where alignment and
+length allow (VEC elements).
+
+- Forward reads the logits once. Each lane of the tile keeps the maximum m of what it has seen and
+  rest = sum exp(z - m) without the largest term: one exponential an element, no reduction and no
+  barrier until the row ends. A row that fits in one block stays in registers; few long rows are split
+  over programs, whose partial results a second launch adds up in a fixed order.
+- Only a focal loss whose target is dense (smoothed, or probabilities) needs p before it can sum: it
+  passes twice over rows longer than a block, the second time from L2.
+- Backward is elementwise, given three numbers a row. It reads the logits once and writes the gradient once.
+- Options that are off cost nothing: they are compile-time constants, and absent tensors are None.
+
+Nothing here waits for the device, and nothing is added up atomically.
+
+Tried: peeling ragged rows (C = 50257) to their aligned part would need every load three times in the
+code; masked 2-byte loads of neighbouring lanes still coalesce into full sectors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchfast._env import flag
+from torchfast.losses.cross_entropy.reference import accumulate_dtype, check_range, class_dim, fake
+
+# ---- Functions that Triton does not have on every backend -------------------------------------
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) with the digits of a small x (Goldberg 1991, theorem 4)."""
+    u = 1 + x
+    d = u - 1
+    return tl.where(d == 0, x, tl.log(u) * (x / tl.where(d == 0, 1.0, d)))
+
+
+@triton.jit
+def _tanh(x):
+    """By expm1(-2|x|), which has the digits of a small x (Kahan): (u - 1) log(u) / y with u = exp(y)."""
+    y = -2 * tl.abs(x)
+    u = tl.exp(y)
+    easy = (u == 1) | (u == 0)
+    expm1 = tl.where(u == 1, y, tl.where(u == 0, -1.0, (u - 1) * (y / tl.log(tl.where(easy, 0.5, u)))))
+    magnitude = -expm1 / (2 + expm1)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+# ---- Pieces of the formula --------------------------------------------------------------------
+
+
+@triton.jit
+def _load_z(logits, offsets, mask, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    z = tl.load(logits + offsets, mask=mask, other=-float("inf")).to(ACC)
+    if SCALED:
+        z = z * scale
+    if CAPPED:
+        z = cap * _tanh(z / cap)
+    if SCALED or CAPPED:
+        z = tl.where(mask, z, -float("inf"))
+    return z
+
+
+@triton.jit
+def _load_u(target, offsets, wa, wa_stride, c, mask, keep, uniform, PROB: tl.constexpr, ACC: tl.constexpr):
+    """u of a block of classes; an index target's own class is left to the caller."""
+    if PROB:
+        u = keep * tl.load(target + offsets, mask=mask, other=0.0).to(ACC) + uniform
+    else:
+        u = tl.zeros(mask.shape, ACC) + uniform
+    if wa is not None:
+        u = u * tl.load(wa + (c * wa_stride)[None, :], mask=mask, other=0.0).to(ACC)
+    return tl.where(mask, u, 0.0)
+
+
+@triton.jit
+def _p_and_rest(d, rest):
+    """p and 1 - p, from d = z - m."""
+    e = tl.exp(d)
+    total = 1 + rest
+    return e / total, tl.where(d == 0, rest, total - e) / total
+
+
+@triton.jit
+def _psi(minus_log_p, p, rest_p, gamma, FOCAL: tl.constexpr):
+    """(1 - p)^gamma, and psi."""
+    if FOCAL:
+        modulation = tl.where(rest_p == 0, 0.0, tl.exp(gamma * tl.log(rest_p)))
+        p_r = tl.where(p == 0, 0.0, tl.where(rest_p == 0, p, p * minus_log_p / rest_p))
+        psi = -modulation * (1 + gamma * p_r)
+    else:
+        modulation = tl.full(p.shape, 1.0, p.dtype)
+        psi = -modulation
+    return modulation, psi
+
+
+@triton.jit
+def _merge_lanes(m, rest):
+    """(m, rest) of each row from those of its lanes; rest = -1 is a lane that saw nothing."""
+    top = tl.max(m, axis=1)
+    tops = m == top[:, None]
+    below = tl.where(tops, rest, (rest + 1) * tl.exp(m - top[:, None]))
+    return top, tl.sum(below, axis=1) + (tl.sum(tops.to(rest.dtype), axis=1) - 1)
+
+
+# ---- Where a program works --------------------------------------------------------------------
+
+
+@triton.jit
+def _rows_of(block, inner, M: tl.constexpr, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
+    """The program's rows: index of the outer dimension, index within the inner one, row, in range."""
+    blocks = tl.cdiv(inner, M)
+    outer = (block // blocks).to(tl.int64)
+    i = (block % blocks).to(tl.int64) * M + tl.arange(0, M)
+    # x // VEC * VEC is x, and tells the compiler that it is a multiple of VEC.
+    end = inner if CLASSES_MINOR else inner // VEC * VEC
+    return outer, i, outer * inner + i, i < end
+
+
+@triton.jit
+def _offsets(outer, i, c, so, sr, sc, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
+    if VEC > 1:
+        so = so // VEC * VEC
+        if CLASSES_MINOR:
+            sr = sr // VEC * VEC
+        else:
+            sc = sc // VEC * VEC
+    return outer * so + (i * sr)[:, None] + (c.to(tl.int64) * sc)[None, :]
+
+
+@triton.jit
+def _row_target(target, sample_weight, row, in_range, ignore_index, classes, PROB: tl.constexpr, ACC: tl.constexpr):
+    """Class, has one, it is out of range, sample weight, counts. No address is made of a bad class."""
+    if PROB:
+        t = tl.zeros(row.shape, tl.int64)
+        known = in_range
+        bad = in_range & (t != 0)
+    else:
+        t = tl.load(target + row, mask=in_range, other=0).to(tl.int64)
+        given = in_range & (t != ignore_index)
+        bad = given & ((t < 0) | (t >= classes))
+        known = given & (bad == 0)
+        t = tl.where(known, t, 0)
+    if sample_weight is not None:
+        s = tl.load(sample_weight + row, mask=in_range, other=0.0).to(ACC)
+    else:
+        s = tl.full(row.shape, 1.0, ACC)
+    return t, known, bad, s, known & (s != 0)
+
+
+# ---- Forward ----------------------------------------------------------------------------------
+
+#: What a launch of the forward does: the whole, or one of the stages over split rows.
+WHOLE, SCAN, SUM, FINISH = (tl.constexpr(stage) for stage in range(4))
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "classes", "splits", "ignore_index"])
+def forward_kernel(
+    logits,
+    target,
+    weight,
+    wa,  # weight * alpha
+    sample_weight,
+    loss,  # by row, or with REDUCE by program: sums of losses, then of weights
+    residuals,
+    partials,  # of split rows: [plane, split, row]
+    rows,
+    inner,
+    classes,
+    splits,
+    x_outer,
+    x_row,
+    x_class,
+    y_outer,
+    y_row,
+    y_class,
+    wa_stride,
+    ignore_index,
+    keep: "fp64",
+    uniform: "fp64",
+    gamma: "fp64",
+    z_loss: "fp64",
+    cap: "fp64",
+    scale: "fp64",
+    PROB: tl.constexpr,
+    DENSE: tl.constexpr,
+    FOCAL: tl.constexpr,
+    Z: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    REDUCE: tl.constexpr,
+    STAGE: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    CLASSES_MINOR: tl.constexpr,
+):
+    ACC: tl.constexpr = loss.dtype.element_ty
+    keep, uniform, gamma = tl.cast(keep, ACC), tl.cast(uniform, ACC), tl.cast(gamma, ACC)
+    z_loss, cap, scale = tl.cast(z_loss, ACC), tl.cast(cap, ACC), tl.cast(scale, ACC)
+    LINEAR: tl.constexpr = DENSE and not FOCAL  # sum u log p needs no p: one pass is enough
+    program = tl.program_id(0)
+    block, first, end = program, 0, classes
+    split = 0
+    if STAGE == SCAN or STAGE == SUM:
+        block, split = program // splits, program % splits
+        per_split = tl.cdiv(tl.cdiv(classes, BLOCK), splits) * BLOCK
+        first = split * per_split
+        end = tl.minimum(first + per_split, classes)
+    outer, i, row, in_range = _rows_of(block, inner, M, VEC, CLASSES_MINOR)
+    t, known, bad, s, live = _row_target(target, sample_weight, row, in_range, ignore_index, classes, PROB, ACC)
+    # Rows that do not count are not read, unless that would break the vectors along the rows.
+    read = live if CLASSES_MINOR else in_range
+    classes_end = classes // VEC * VEC if CLASSES_MINOR else classes
+
+    if STAGE == WHOLE or STAGE == SCAN:
+        c = first + tl.arange(0, BLOCK)
+        mask = read[:, None] & (c < classes_end)[None, :]
+        offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+        z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
+        m, rest = z, tl.zeros([M, BLOCK], ACC)
+        if LINEAR:  # sums of u and of u (z - shift): a shift of about m keeps the digits of the difference
+            y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+            u = _load_u(target, y_offsets, wa, wa_stride, c, mask, keep, uniform, PROB, ACC)
+            shift = tl.max(z, axis=1)
+            shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+            u_sums = u
+            uz_sums = tl.where(u == 0, 0.0, u * (z - shift[:, None]))
+        if not ONE_BLOCK:
+            for start in range(first + BLOCK, end, BLOCK):
+                c = start + tl.arange(0, BLOCK)
+                mask = read[:, None] & (c < classes_end)[None, :]
+                offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+                z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
+                e = tl.where(z == m, 1.0, tl.exp(-tl.abs(z - m)))
+                rest = tl.where(z > m, (rest + 1) * e, rest + e)
+                m = tl.maximum(m, z)
+                if LINEAR:
+                    y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+                    u = _load_u(target, y_offsets, wa, wa_stride, c, mask, keep, uniform, PROB, ACC)
+                    u_sums += u
+                    uz_sums += tl.where(u == 0, 0.0, u * (z - shift[:, None]))
+        m, rest = _merge_lanes(m, rest)
+        if LINEAR:
+            u_sum, uz_sum = tl.sum(u_sums, axis=1), tl.sum(uz_sums, axis=1)
+    else:
+        k = tl.arange(0, SPLITS)
+        at = partials + k[None, :].to(tl.int64) * rows + row[:, None]
+        there = in_range[:, None] & (k < splits)[None, :]
+        plane = splits.to(tl.int64) * rows
+        m = tl.load(at, mask=there, other=-float("inf"))
+        m, rest = _merge_lanes(m, tl.load(at + plane, mask=there, other=-1.0))
+        if LINEAR:
+            shifts = tl.load(at + 4 * plane, mask=there, other=-float("inf"))
+            shift = tl.max(shifts, axis=1)
+            u_sums = tl.load(at + 2 * plane, mask=there, other=0.0)
+            moved = tl.where(u_sums == 0, 0.0, u_sums * (shifts - shift[:, None]))
+            u_sum = tl.sum(u_sums, axis=1)
+            uz_sum = tl.sum(tl.load(at + 3 * plane, mask=there, other=0.0) + moved, axis=1)
+
+    here = partials + split.to(tl.int64) * rows + row if STAGE == SCAN or STAGE == SUM else partials
+    if STAGE == SCAN:
+        plane = splits.to(tl.int64) * rows
+        tl.store(here, m, mask=in_range)
+        tl.store(here + plane, rest, mask=in_range)
+        if LINEAR:
+            tl.store(here + 2 * plane, u_sum, mask=in_range)
+            tl.store(here + 3 * plane, uz_sum, mask=in_range)
+            tl.store(here + 4 * plane, shift, mask=in_range)
+    else:
+        rest = tl.where(tl.abs(m) == float("inf"), float("nan"), rest)  # as torch: no softmax without a maximum
+        log_rest = _log1p(rest)
+        row_loss = tl.zeros([M], ACC)
+        sum_u_psi = tl.zeros([M], ACC)
+        if LINEAR:
+            row_loss = tl.where(u_sum == 0, 0.0, u_sum * ((m - shift) + log_rest)) - uz_sum
+            sum_u_psi = -u_sum
+        if DENSE and FOCAL:
+            if STAGE == FINISH:
+                plane = splits.to(tl.int64) * rows
+                row_loss = tl.sum(tl.load(at + 2 * plane, mask=there, other=0.0), axis=1)
+                sum_u_psi = tl.sum(tl.load(at + 3 * plane, mask=there, other=0.0), axis=1)
+            else:
+                losses = tl.zeros([M, BLOCK], ACC)
+                u_psis = tl.zeros([M, BLOCK], ACC)
+                for start in range(first, end, BLOCK):
+                    c = start + tl.arange(0, BLOCK)
+                    mask = read[:, None] & (c < classes_end)[None, :]
+                    if not ONE_BLOCK:
+                        offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+                        z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
+                    y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+                    u = _load_u(target, y_offsets, wa, wa_stride, c, mask, keep, uniform, PROB, ACC)
+                    d = z - m[:, None]
+                    p, rest_p = _p_and_rest(d, rest[:, None])
+                    modulation, psi = _psi(log_rest[:, None] - d, p, rest_p, gamma, FOCAL)
+                    losses += tl.where(u == 0, 0.0, u * modulation * (log_rest[:, None] - d))
+                    u_psis += tl.where(u == 0, 0.0, u * psi)
+                row_loss, sum_u_psi = tl.sum(losses, axis=1), tl.sum(u_psis, axis=1)
+        if STAGE == SUM:
+            plane = splits.to(tl.int64) * rows
+            tl.store(here + 2 * plane, row_loss, mask=in_range)
+            tl.store(here + 3 * plane, sum_u_psi, mask=in_range)
+        else:
+            if not PROB:
+                u = tl.zeros([M], ACC) + keep
+                if wa is not None:
+                    u = u * tl.load(wa + t * wa_stride, mask=live, other=0.0).to(ACC)
+                z = _load_z(logits, outer * x_outer + i * x_row + t * x_class, live, scale, cap, SCALED, CAPPED, ACC)
+                d = z - m
+                p, rest_p = _p_and_rest(d, rest)
+                modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL)
+                row_loss += tl.where(u == 0, 0.0, u * modulation * (log_rest - d))
+                sum_u_psi += tl.where(u == 0, 0.0, u * psi)
+            if Z:
+                row_loss += z_loss * (m + log_rest) * (m + log_rest)
+            row_loss = tl.where(bad, float("nan"), tl.where(live, row_loss * s, 0.0))
+            rows_wide = rows.to(tl.int64)
+            tl.store(residuals + row, tl.where(live, m, 0.0), mask=in_range)
+            tl.store(residuals + rows_wide + row, tl.where(live, rest, 0.0), mask=in_range)
+            tl.store(residuals + 2 * rows_wide + row, tl.where(live, sum_u_psi, 0.0), mask=in_range)
+            if REDUCE:
+                w_t = tl.where(known, s, 0.0)
+                if weight is not None:
+                    w_t = w_t * tl.load(weight + t, mask=known, other=0.0).to(ACC)
+                tl.store(loss + program, tl.sum(row_loss, axis=0))
+                tl.store(loss + tl.num_programs(0) + program, tl.sum(w_t, axis=0))
+            else:
+                tl.store(loss + row, row_loss, mask=in_range)
+                tl.store(residuals + 3 * rows_wide, 1.0, mask=program == 0)  # the divisor
+
+
+@triton.jit(do_not_specialize=["n", "rows"])
+def sum_kernel(
+    sums, out, residuals, n, rows, MEAN: tl.constexpr, EMPTY_ZERO: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Adds up the programs' losses and weights in a fixed tree; the last level divides them."""
+    program = tl.program_id(0)
+    losses = tl.zeros([BLOCK], sums.dtype.element_ty)
+    weights = tl.zeros([BLOCK], sums.dtype.element_ty)
+    for k in range(0, 8):
+        at = program.to(tl.int64) * (8 * BLOCK) + k * BLOCK + tl.arange(0, BLOCK)
+        losses += tl.load(sums + at, mask=at < n, other=0.0)
+        weights += tl.load(sums + n + at, mask=at < n, other=0.0)
+    loss, weight = tl.sum(losses, axis=0), tl.sum(weights, axis=0)
+    if LAST:
+        divisor = weight if MEAN else weight * 0 + 1
+        if MEAN:
+            loss = loss / weight
+            if EMPTY_ZERO:
+                loss = tl.where(weight == 0, 0.0, loss)
+        tl.store(out, loss)
+        tl.store(residuals + 3 * rows.to(tl.int64), divisor)
+    else:
+        tl.store(out + program, loss)
+        tl.store(out + tl.num_programs(0) + program, weight)
+
+
+# ---- Backward ---------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "inner", "classes", "ignore_index"])
+def backward_kernel(
+    grad_loss,
+    logits,
+    target,
+    wa,
+    sample_weight,
+    residuals,
+    gradient,
+    rows,
+    inner,
+    classes,
+    grad_stride,
+    x_outer,
+    x_row,
+    x_class,
+    y_outer,
+    y_row,
+    y_class,
+    g_outer,
+    g_row,
+    g_class,
+    wa_stride,
+    ignore_index,
+    keep: "fp64",
+    uniform: "fp64",
+    gamma: "fp64",
+    z_loss: "fp64",
+    cap: "fp64",
+    scale: "fp64",
+    PROB: tl.constexpr,
+    DENSE: tl.constexpr,
+    FOCAL: tl.constexpr,
+    Z: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    CLASSES_MINOR: tl.constexpr,
+):
+    ACC: tl.constexpr = residuals.dtype.element_ty
+    keep, uniform, gamma = tl.cast(keep, ACC), tl.cast(uniform, ACC), tl.cast(gamma, ACC)
+    z_loss, cap, scale = tl.cast(z_loss, ACC), tl.cast(cap, ACC), tl.cast(scale, ACC)
+    class_blocks = tl.cdiv(classes, BLOCK)
+    block = tl.program_id(0) // class_blocks
+    c = tl.program_id(0) % class_blocks * BLOCK + tl.arange(0, BLOCK)
+    outer, i, row, in_range = _rows_of(block, inner, M, VEC, CLASSES_MINOR)
+    t, _, _, s, live = _row_target(target, sample_weight, row, in_range, ignore_index, classes, PROB, ACC)
+
+    rows_wide = rows.to(tl.int64)
+    divisor = tl.load(residuals + 3 * rows_wide)
+    upstream = tl.load(grad_loss + row * grad_stride, mask=live, other=0.0).to(ACC) * s
+    upstream = tl.where(divisor == 0, 0.0, upstream / tl.where(divisor == 0, 1.0, divisor))
+    counts = live & (upstream != 0)
+    m = tl.load(residuals + row, mask=counts, other=0.0)[:, None]
+    rest = tl.load(residuals + rows_wide + row, mask=counts, other=0.0)[:, None]
+    sum_u_psi = tl.load(residuals + 2 * rows_wide + row, mask=counts, other=0.0)[:, None]
+
+    in_classes = c < (classes // VEC * VEC if CLASSES_MINOR else classes)
+    mask = (counts if CLASSES_MINOR else in_range)[:, None] & in_classes[None, :]
+    offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+    z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
+    d = z - m
+    p, rest_p = _p_and_rest(d, rest)
+    if DENSE:
+        y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+        u = _load_u(target, y_offsets, wa, wa_stride, c, mask, keep, uniform, PROB, ACC)
+        if not PROB:
+            own = tl.zeros([M], ACC) + keep
+            if wa is not None:
+                own = own * tl.load(wa + t * wa_stride, mask=counts, other=0.0).to(ACC)
+            u += tl.where(c[None, :] == t[:, None], own[:, None], 0.0)
+        if FOCAL:
+            _, psi = _psi(_log1p(rest) - d, p, rest_p, gamma, FOCAL)
+            u_psi = tl.where(u == 0, 0.0, u * psi)
+        else:
+            u_psi = -u
+    else:
+        u_psi = tl.where(c[None, :] == t[:, None], sum_u_psi, 0.0)
+    others = u_psi - sum_u_psi
+    if Z:
+        others += 2 * z_loss * (m + _log1p(rest))
+    grad = u_psi * rest_p + p * others  # keeps its digits where p rounds to 1
+    if SCALED:
+        grad = grad * scale
+    if CAPPED:
+        grad = grad * (1 - (z / cap) * (z / cap))
+    grad = tl.where(counts[:, None], grad * upstream[:, None], 0.0)
+    offsets = _offsets(outer, i, c, g_outer, g_row, g_class, VEC, CLASSES_MINOR)
+    tl.store(gradient + offsets, grad.to(gradient.dtype.element_ty), mask=in_range[:, None] & in_classes[None, :])
+
+
+# ---- Launching --------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    M: int
+    BLOCK: int
+    warps: int
+
+
+def forward_tile(classes: int, inner: int, classes_minor: bool) -> Tile:
+    """16 elements a thread: enough loads in flight, and with four values each no spill.
+
+    Up to 8192 classes a row stays in registers. Longer rows are walked in blocks of 4096, whose
+    online sums need three values an element. Along positions blocks are low and wide, so that a
+    warp's accesses are contiguous and a thread owns whole vectors.
+    """
+    if classes_minor:
+        block = _power_of_2(classes) if classes <= 8192 else 4096
+        return _fill(block, 2048, inner)
+    return _fill(min(_power_of_2(classes), 32), 2048, inner)
+
+
+def backward_tile(classes: int, inner: int, classes_minor: bool) -> Tile:
+    """As in the forward; but nothing is summed, so any row is cut into blocks."""
+    return _fill(min(_power_of_2(classes), 2048 if classes_minor else 32), 2048, inner)
+
+
+def _fill(block: int, elements: int, inner: int) -> Tile:
+    rows = max(1, min(elements // block, _power_of_2(inner)))
+    return Tile(rows, block, max(1, min(8, rows * block // 512)))
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132  # an H100's
+
+
+def splits_of(programs: int, blocks: int, processors: int) -> int:
+    """Over how many programs a row is split: two a processor, and none without work."""
+    splits = max(1, min(blocks, 2 * processors // programs))
+    return -(-blocks // -(-blocks // splits))
+
+
+def _merged(shape: list[int], strides: list[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]] | None:
+    """Sizes, and each tensor's strides, of the rows as (outer, inner); None if two dimensions are too few."""
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and all(a == b * size for a, b in zip(merged[-1][1], stride, strict=True)):
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    none = (1, (0,) * len(strides[0])) if strides else (1, ())
+    return [none] * (2 - len(merged)) + merged if len(merged) <= 2 else None
+
+
+class Call:
+    """What forward and backward have in common: the arguments as the kernels want them."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        alpha: Tensor | None,
+        sample_weight: Tensor | None,
+        ignore_index: int,
+        reduction: int,
+        label_smoothing: float,
+        gamma: float,
+        z_loss: float,
+        softcap: float,
+        logit_scale: float,
+        empty_zero: bool,
+        inplace_backward: bool,
+        gradient: Tensor | None = None,
+    ) -> None:
+        self.acc = accumulate_dtype(logits)
+        dim = class_dim(logits)
+        self.classes = classes = logits.shape[dim]
+        self.rows = logits.numel() // classes
+        self.prob = target.is_floating_point()
+        self.device = logits.device
+        self.reduction, self.empty_zero = reduction, empty_zero
+        if not self.prob:
+            if target.dtype in (torch.uint16, torch.uint32, torch.uint64):
+                target = target.long()
+            target = target.reshape(-1)
+            if flag("TORCHFAST_CHECK"):
+                check_range(target, (target != ignore_index) & ((target < 0) | (target >= classes)), classes)
+        else:
+            target = self._plain(target)
+
+        wide = [logits, target if self.prob else logits, logits if gradient is None else gradient]
+        sizes = [size for d, size in enumerate(logits.shape) if d != dim]
+        merged = self._layout(wide, sizes, dim)
+        if merged is None:  # rows in more than two dimensions that do not merge
+            wide = [t.contiguous() for t in wide]
+            merged = self._layout(wide, sizes, dim)
+        assert merged is not None
+        (outer, outer_strides), (self.inner, inner_strides) = merged
+        self.outer = outer
+        class_strides = [t.stride(dim) for t in wide]
+        self.strides = list(zip(outer_strides, inner_strides, class_strides, strict=True))
+        self.logits, probabilities, self.gradient = wide
+        self.target = probabilities if self.prob else target
+
+        row, cls = inner_strides[0], class_strides[0]
+        self.classes_minor = self.inner == 1 or not 0 < row < cls
+        minor = [c if self.classes_minor else r for _, r, c in self.strides]
+        major = [s for o, r, c in self.strides for s in (o, r if self.classes_minor else c)]
+        length = classes if self.classes_minor else self.inner
+        vec = 16 // logits.element_size()
+        aligned = all(t.data_ptr() % 16 == 0 for t in wide)
+        aligned = aligned and all(s == 1 for s in minor) and all(n % vec == 0 for n in (*major, length))
+        self.vec = vec if aligned else 1
+
+        if alpha is not None and alpha.numel() == 1:
+            alpha = alpha.reshape(1).expand(classes)
+        self.weight = None if weight is None else self._plain(weight).contiguous()
+        if weight is None or alpha is None:
+            either = weight if alpha is None else alpha
+            self.wa = None if either is None else self._plain(either)
+        else:
+            self.wa = weight.to(self.acc) * alpha.to(self.acc)
+        self.wa_stride = 0 if self.wa is None else self.wa.stride(0)
+        self.sample_weight = None if sample_weight is None else self._plain(sample_weight).reshape(-1)
+        self.ignore_index = ignore_index
+        keep, uniform = 1.0 - label_smoothing, label_smoothing / classes
+        self.numbers = tuple(float(v) for v in (keep, uniform, gamma, z_loss, softcap or 1.0, logit_scale))
+        self.dense = self.prob or uniform != 0
+        self.flags = {
+            "PROB": self.prob,
+            "DENSE": self.dense,
+            "FOCAL": gamma != 0,
+            "Z": z_loss != 0,
+            "CAPPED": softcap != 0,
+            "SCALED": logit_scale != 1,
+            "VEC": self.vec,
+            "CLASSES_MINOR": self.classes_minor,
+        }
+
+    def _plain(self, t: Tensor) -> Tensor:
+        """fp8 is widened: what the kernels compute in is read anyway."""
+        return t if t.element_size() > 1 else t.to(self.acc)
+
+    @staticmethod
+    def _layout(wide: list[Tensor], sizes: list[int], dim: int) -> list[tuple[int, tuple[int, ...]]] | None:
+        strides = [tuple(t.stride(d) for t in wide) for d in range(wide[0].dim()) if d != dim]
+        if not strides:
+            return [(1, (0,) * len(wide))] * 2
+        return _merged(sizes, strides)
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(self.device.type)
+        return contextlib.nullcontext() if module is None else module.device(self.device)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    call = Call(logits, target, *options)
+    reduce = call.reduction != 0
+    loss, residuals = fake(logits, target, *options)
+    tile = forward_tile(call.classes, call.inner, call.classes_minor)
+    blocks = -(-call.classes // tile.BLOCK)
+    programs = call.outer * -(-call.inner // tile.M) if call.rows else 0
+    sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if reduce else loss
+    splits = splits_of(programs, blocks, _processors(call.device)) if programs else 1
+
+    def launch(stage: tl.constexpr, partials: Tensor | None) -> None:
+        forward_kernel[(programs * splits if stage in (SCAN, SUM) else programs,)](
+            call.logits,
+            call.target,
+            call.weight,
+            call.wa,
+            call.sample_weight,
+            sums,
+            residuals,
+            partials,
+            call.rows,
+            call.inner,
+            call.classes,
+            splits,
+            *call.strides[0],
+            *call.strides[1],
+            call.wa_stride,
+            call.ignore_index,
+            *call.numbers,
+            **call.flags,
+            REDUCE=reduce,
+            STAGE=stage.value,
+            M=tile.M,
+            BLOCK=tile.BLOCK,
+            SPLITS=_power_of_2(splits),
+            ONE_BLOCK=blocks == 1,
+            num_warps=tile.warps,
+        )
+
+    with call.on_device():
+        if programs and splits == 1:
+            launch(WHOLE, None)
+        elif programs:
+            partials = torch.empty(5 * splits * call.rows, dtype=call.acc, device=call.device)
+            launch(SCAN, partials)
+            if call.dense and call.flags["FOCAL"]:
+                launch(SUM, partials)
+            launch(FINISH, partials)
+        elif not reduce:
+            residuals.fill_(1.0)
+        if reduce:
+            _add_up(sums, programs, loss, residuals, call)
+    return loss, residuals
+
+
+def _add_up(sums: Tensor, n: int, loss: Tensor, residuals: Tensor, call: Call) -> None:
+    block = 1024
+    while True:
+        programs = max(1, -(-n // (8 * block)))
+        last = programs == 1
+        out = loss if last else sums.new_empty(2 * programs)
+        flags = {"MEAN": call.reduction == 1, "EMPTY_ZERO": call.empty_zero, "LAST": last}
+        sum_kernel[(programs,)](sums, out, residuals, n, call.rows, **flags, BLOCK=block, num_warps=4)
+        if last:
+            return
+        sums, n = out, programs
+
+
+def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out: Tensor) -> None:
+    *options, residuals = rest
+    if not logits.numel():
+        return
+    call = Call(logits, target, *options, gradient=out)
+    tile = backward_tile(call.classes, call.inner, call.classes_minor)
+    programs = call.outer * -(-call.inner // tile.M) * -(-call.classes // tile.BLOCK)
+    if any(grad_loss.stride()):
+        grad_loss = grad_loss.reshape(-1)
+    with call.on_device():
+        backward_kernel[(programs,)](
+            grad_loss,
+            call.logits,
+            call.target,
+            call.wa,
+            call.sample_weight,
+            residuals,
+            call.gradient,
+            call.rows,
+            call.inner,
+            call.classes,
+            int(any(grad_loss.stride())),
+            *call.strides[0],
+            *call.strides[1],
+            *call.strides[2],
+            call.wa_stride,
+            call.ignore_index,
+            *call.numbers,
+            **call.flags,
+            M=tile.M,
+            BLOCK=tile.BLOCK,
+            num_warps=tile.warps,
+        )
+    if call.gradient is not out:
+        out.copy_(call.gradient)
+
+
+def cross_entropy_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    gradient = torch.empty_like(logits)
+    _backward(grad_loss, logits, target, *rest, out=gradient)
+    return gradient
+
+
+def cross_entropy_backward_(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> None:
+    _backward(grad_loss, logits, target, *rest, out=logits)
