@@ -29,7 +29,7 @@ def _kernel(op: str, key: str) -> str:
     """Which kernel the dispatcher holds for one op and backend."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"torchfast::{op}", key):
         return "reference"
-    return "native" if key == "CPU" else "triton"
+    return "native" if key == "CPU" and not _triton.interpreted() else "triton"
 
 
 def report() -> dict[str, Any]:

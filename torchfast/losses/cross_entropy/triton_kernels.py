@@ -70,14 +70,14 @@ def _load_z(logits, offsets, mask, scale, cap, SCALED: tl.constexpr, CAPPED: tl.
 
 
 @triton.jit
-def _load_u(target, offsets, wa, wa_stride, c, mask, keep, uniform, PROB: tl.constexpr, ACC: tl.constexpr):
+def _load_u(target, offsets, wa, wa_stride, c, classes, mask, keep, uniform, PROB: tl.constexpr, ACC: tl.constexpr):
     """u of a block of classes; an index target's own class is left to the caller."""
     if PROB:
         u = keep * tl.load(target + offsets, mask=mask, other=0.0).to(ACC) + uniform
     else:
         u = tl.zeros(mask.shape, ACC) + uniform
     if wa is not None:
-        u = u * tl.load(wa + (c * wa_stride)[None, :], mask=mask, other=0.0).to(ACC)
+        u = u * tl.load(wa + (c * wa_stride)[None, :], mask=(c < classes)[None, :], other=0.0).to(ACC)
     return tl.where(mask, u, 0.0)
 
 
@@ -115,24 +115,26 @@ def _merge_lanes(m, rest):
 
 
 @triton.jit
+def _in_vectors(n, VEC: tl.constexpr, MINOR: tl.constexpr):
+    """n. Where it is a multiple of VEC, the compiler now knows it."""
+    return n // VEC * VEC if MINOR and VEC > 1 else n
+
+
+@triton.jit
 def _rows_of(block, inner, M: tl.constexpr, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
     """The program's rows: index of the outer dimension, index within the inner one, row, in range."""
     blocks = tl.cdiv(inner, M)
     outer = (block // blocks).to(tl.int64)
     i = (block % blocks).to(tl.int64) * M + tl.arange(0, M)
-    # x // VEC * VEC is x, and tells the compiler that it is a multiple of VEC.
-    end = inner if CLASSES_MINOR else inner // VEC * VEC
-    return outer, i, outer * inner + i, i < end
+    inner = _in_vectors(inner, VEC, not CLASSES_MINOR)
+    return outer, i, outer * inner + i, i < inner
 
 
 @triton.jit
 def _offsets(outer, i, c, so, sr, sc, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
-    if VEC > 1:
-        so = so // VEC * VEC
-        if CLASSES_MINOR:
-            sr = sr // VEC * VEC
-        else:
-            sc = sc // VEC * VEC
+    so = _in_vectors(so, VEC, True)
+    sr = _in_vectors(sr, VEC, CLASSES_MINOR)
+    sc = _in_vectors(sc, VEC, not CLASSES_MINOR)
     return outer * so + (i * sr)[:, None] + (c.to(tl.int64) * sc)[None, :]
 
 
@@ -221,7 +223,7 @@ def forward_kernel(
     t, known, bad, s, live = _row_target(target, sample_weight, row, in_range, ignore_index, classes, PROB, ACC)
     # Rows that do not count are not read, unless that would break the vectors along the rows.
     read = live if CLASSES_MINOR else in_range
-    classes_end = classes // VEC * VEC if CLASSES_MINOR else classes
+    classes_end = _in_vectors(classes, VEC, CLASSES_MINOR)
 
     if STAGE == WHOLE or STAGE == SCAN:
         c = first + tl.arange(0, BLOCK)
@@ -231,7 +233,7 @@ def forward_kernel(
         m, rest = z, tl.zeros([M, BLOCK], ACC)
         if LINEAR:  # sums of u and of u (z - shift): a shift of about m keeps the digits of the difference
             y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
-            u = _load_u(target, y_offsets, wa, wa_stride, c, mask, keep, uniform, PROB, ACC)
+            u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
             shift = tl.max(z, axis=1)
             shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
             u_sums = u
@@ -247,7 +249,7 @@ def forward_kernel(
                 m = tl.maximum(m, z)
                 if LINEAR:
                     y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
-                    u = _load_u(target, y_offsets, wa, wa_stride, c, mask, keep, uniform, PROB, ACC)
+                    u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
                     u_sums += u
                     uz_sums += tl.where(u == 0, 0.0, u * (z - shift[:, None]))
         m, rest = _merge_lanes(m, rest)
@@ -300,7 +302,7 @@ def forward_kernel(
                         offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
                         z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
                     y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
-                    u = _load_u(target, y_offsets, wa, wa_stride, c, mask, keep, uniform, PROB, ACC)
+                    u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
                     d = z - m[:, None]
                     p, rest_p = _p_and_rest(d, rest[:, None])
                     modulation, psi = _psi(log_rest[:, None] - d, p, rest_p, gamma, FOCAL)
@@ -325,13 +327,13 @@ def forward_kernel(
             if Z:
                 row_loss += z_loss * (m + log_rest) * (m + log_rest)
             row_loss = tl.where(bad, float("nan"), tl.where(live, row_loss * s, 0.0))
-            rows_wide = rows.to(tl.int64)
+            rows_wide = _in_vectors(rows.to(tl.int64), VEC, not CLASSES_MINOR)
             tl.store(residuals + row, tl.where(live, m, 0.0), mask=in_range)
             tl.store(residuals + rows_wide + row, tl.where(live, rest, 0.0), mask=in_range)
             tl.store(residuals + 2 * rows_wide + row, tl.where(live, sum_u_psi, 0.0), mask=in_range)
             if REDUCE:
                 w_t = tl.where(known, s, 0.0)
-                if weight is not None:
+                if weight is not None and not PROB:
                     w_t = w_t * tl.load(weight + t, mask=known, other=0.0).to(ACC)
                 tl.store(loss + program, tl.sum(row_loss, axis=0))
                 tl.store(loss + tl.num_programs(0) + program, tl.sum(w_t, axis=0))
@@ -369,7 +371,7 @@ def sum_kernel(
 # ---- Backward ---------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "classes", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "inner", "classes", "steps", "ignore_index"])
 def backward_kernel(
     grad_loss,
     logits,
@@ -381,6 +383,7 @@ def backward_kernel(
     rows,
     inner,
     classes,
+    steps,  # blocks of classes of a program
     grad_stride,
     x_outer,
     x_row,
@@ -413,53 +416,57 @@ def backward_kernel(
     ACC: tl.constexpr = residuals.dtype.element_ty
     keep, uniform, gamma = tl.cast(keep, ACC), tl.cast(uniform, ACC), tl.cast(gamma, ACC)
     z_loss, cap, scale = tl.cast(z_loss, ACC), tl.cast(cap, ACC), tl.cast(scale, ACC)
-    class_blocks = tl.cdiv(classes, BLOCK)
-    block = tl.program_id(0) // class_blocks
-    c = tl.program_id(0) % class_blocks * BLOCK + tl.arange(0, BLOCK)
-    outer, i, row, in_range = _rows_of(block, inner, M, VEC, CLASSES_MINOR)
+    spans = tl.cdiv(tl.cdiv(classes, BLOCK), steps)
+    first = tl.program_id(0) % spans * steps * BLOCK
+    outer, i, row, in_range = _rows_of(tl.program_id(0) // spans, inner, M, VEC, CLASSES_MINOR)
     t, _, _, s, live = _row_target(target, sample_weight, row, in_range, ignore_index, classes, PROB, ACC)
 
-    rows_wide = rows.to(tl.int64)
+    classes_end = _in_vectors(classes, VEC, CLASSES_MINOR)
+    rows_wide = _in_vectors(rows.to(tl.int64), VEC, not CLASSES_MINOR)
     divisor = tl.load(residuals + 3 * rows_wide)
-    upstream = tl.load(grad_loss + row * grad_stride, mask=live, other=0.0).to(ACC) * s
+    upstream = tl.load(grad_loss + row * grad_stride, mask=in_range, other=0.0).to(ACC) * s
     upstream = tl.where(divisor == 0, 0.0, upstream / tl.where(divisor == 0, 1.0, divisor))
     counts = live & (upstream != 0)
-    m = tl.load(residuals + row, mask=counts, other=0.0)[:, None]
-    rest = tl.load(residuals + rows_wide + row, mask=counts, other=0.0)[:, None]
-    sum_u_psi = tl.load(residuals + 2 * rows_wide + row, mask=counts, other=0.0)[:, None]
+    m = tl.load(residuals + row, mask=in_range, other=0.0)[:, None]
+    rest = tl.load(residuals + rows_wide + row, mask=in_range, other=0.0)[:, None]
+    sum_u_psi = tl.load(residuals + 2 * rows_wide + row, mask=in_range, other=0.0)[:, None]
+    log_rest = _log1p(rest) if Z or FOCAL and DENSE else rest
+    if not PROB:
+        own = tl.zeros([M], ACC) + keep
+        if DENSE and wa is not None:
+            own = own * tl.load(wa + t * wa_stride, mask=counts, other=0.0).to(ACC)
 
-    in_classes = c < (classes // VEC * VEC if CLASSES_MINOR else classes)
-    mask = (counts if CLASSES_MINOR else in_range)[:, None] & in_classes[None, :]
-    offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
-    z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
-    d = z - m
-    p, rest_p = _p_and_rest(d, rest)
-    if DENSE:
-        y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
-        u = _load_u(target, y_offsets, wa, wa_stride, c, mask, keep, uniform, PROB, ACC)
-        if not PROB:
-            own = tl.zeros([M], ACC) + keep
-            if wa is not None:
-                own = own * tl.load(wa + t * wa_stride, mask=counts, other=0.0).to(ACC)
-            u += tl.where(c[None, :] == t[:, None], own[:, None], 0.0)
-        if FOCAL:
-            _, psi = _psi(_log1p(rest) - d, p, rest_p, gamma, FOCAL)
-            u_psi = tl.where(u == 0, 0.0, u * psi)
+    for start in range(first, tl.minimum(first + steps * BLOCK, classes), BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        in_classes = c < classes_end
+        mask = (counts if CLASSES_MINOR else in_range)[:, None] & in_classes[None, :]
+        offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+        z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
+        d = z - m
+        p, rest_p = _p_and_rest(d, rest)
+        if DENSE:
+            y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+            u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
+            if not PROB:
+                u += tl.where(c[None, :] == t[:, None], own[:, None], 0.0)
+            if FOCAL:
+                modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL)
+                u_psi = tl.where(u == 0, 0.0, u * psi)
+            else:
+                u_psi = -u
         else:
-            u_psi = -u
-    else:
-        u_psi = tl.where(c[None, :] == t[:, None], sum_u_psi, 0.0)
-    others = u_psi - sum_u_psi
-    if Z:
-        others += 2 * z_loss * (m + _log1p(rest))
-    grad = u_psi * rest_p + p * others  # keeps its digits where p rounds to 1
-    if SCALED:
-        grad = grad * scale
-    if CAPPED:
-        grad = grad * (1 - (z / cap) * (z / cap))
-    grad = tl.where(counts[:, None], grad * upstream[:, None], 0.0)
-    offsets = _offsets(outer, i, c, g_outer, g_row, g_class, VEC, CLASSES_MINOR)
-    tl.store(gradient + offsets, grad.to(gradient.dtype.element_ty), mask=in_range[:, None] & in_classes[None, :])
+            u_psi = tl.where(c[None, :] == t[:, None], sum_u_psi, 0.0)
+        others = u_psi - sum_u_psi
+        if Z:
+            others += 2 * z_loss * (m + log_rest)
+        grad = u_psi * rest_p + p * others  # keeps its digits where p rounds to 1
+        if SCALED:
+            grad = grad * scale
+        if CAPPED:
+            grad = grad * (1 - (z / cap) * (z / cap))
+        grad = tl.where(counts[:, None], grad * upstream[:, None], 0.0)
+        offsets = _offsets(outer, i, c, g_outer, g_row, g_class, VEC, CLASSES_MINOR)
+        tl.store(gradient + offsets, grad.to(gradient.dtype.element_ty), mask=in_range[:, None] & in_classes[None, :])
 
 
 # ---- Launching --------------------------------------------------------------------------------
@@ -471,27 +478,39 @@ class Tile(NamedTuple):
     warps: int
 
 
-def forward_tile(classes: int, inner: int, classes_minor: bool) -> Tile:
-    """16 elements a thread: enough loads in flight, and with four values each no spill.
+def forward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int) -> Tile:
+    """About 16 elements a thread: enough loads in flight, and with three or four values each no spill.
 
-    Up to 8192 classes a row stays in registers. Longer rows are walked in blocks of 4096, whose
-    online sums need three values an element. Along positions blocks are low and wide, so that a
-    warp's accesses are contiguous and a thread owns whole vectors.
+    Up to 8192 classes a row stays in registers; longer ones are walked in blocks of 4096. Along positions
+    a thread owns vectors of positions, so that it sums over its classes alone, four at a time.
     """
-    if classes_minor:
-        block = _power_of_2(classes) if classes <= 8192 else 4096
-        return _fill(block, 2048, inner)
-    return _fill(min(_power_of_2(classes), 32), 2048, inner)
+    if not classes_minor:
+        return _positions_tile(classes, inner, itemsize)
+    return _rows_tile(_power_of_2(classes) if classes <= 8192 else 4096, inner)
 
 
-def backward_tile(classes: int, inner: int, classes_minor: bool) -> Tile:
-    """As in the forward; but nothing is summed, so any row is cut into blocks."""
-    return _fill(min(_power_of_2(classes), 2048 if classes_minor else 32), 2048, inner)
+def backward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int) -> Tile:
+    """As in the forward; but nothing is summed over the row, so blocks can be shorter."""
+    if not classes_minor:
+        return _positions_tile(classes, inner, itemsize)
+    return _rows_tile(min(_power_of_2(classes), 2048), inner)
 
 
-def _fill(block: int, elements: int, inner: int) -> Tile:
-    rows = max(1, min(elements // block, _power_of_2(inner)))
+def _rows_tile(block: int, inner: int) -> Tile:
+    rows = max(1, min(2048 // block, _power_of_2(inner)))
     return Tile(rows, block, max(1, min(8, rows * block // 512)))
+
+
+def _positions_tile(classes: int, inner: int, itemsize: int) -> Tile:
+    positions = min(128 * 16 // itemsize, _power_of_2(inner))  # a vector for each of 4 warps' threads
+    block = min(_power_of_2(classes), max(4, 2048 // positions))
+    return Tile(positions, block, max(1, min(4, positions * block // 512)))
+
+
+def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int) -> int:
+    """Blocks of a backward program: some share what is loaded for their rows, if enough programs remain."""
+    steps = min(blocks, 4 if classes_minor else 16)
+    return steps if row_blocks * -(-blocks // steps) >= 8 * processors else 1
 
 
 def _power_of_2(n: int) -> int:
@@ -630,7 +649,7 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
     call = Call(logits, target, *options)
     reduce = call.reduction != 0
     loss, residuals = fake(logits, target, *options)
-    tile = forward_tile(call.classes, call.inner, call.classes_minor)
+    tile = forward_tile(call.classes, call.inner, call.classes_minor, logits.element_size())
     blocks = -(-call.classes // tile.BLOCK)
     programs = call.outer * -(-call.inner // tile.M) if call.rows else 0
     sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if reduce else loss
@@ -699,12 +718,14 @@ def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out
     if not logits.numel():
         return
     call = Call(logits, target, *options, gradient=out)
-    tile = backward_tile(call.classes, call.inner, call.classes_minor)
-    programs = call.outer * -(-call.inner // tile.M) * -(-call.classes // tile.BLOCK)
+    tile = backward_tile(call.classes, call.inner, call.classes_minor, logits.element_size())
+    row_blocks = call.outer * -(-call.inner // tile.M)
+    blocks = -(-call.classes // tile.BLOCK)
+    steps = steps_of(call.classes_minor, row_blocks, blocks, _processors(call.device))
     if any(grad_loss.stride()):
         grad_loss = grad_loss.reshape(-1)
     with call.on_device():
-        backward_kernel[(programs,)](
+        backward_kernel[(row_blocks * -(-blocks // steps),)](
             grad_loss,
             call.logits,
             call.target,
@@ -715,6 +736,7 @@ def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out
             call.rows,
             call.inner,
             call.classes,
+            steps,
             int(any(grad_loss.stride())),
             *call.strides[0],
             *call.strides[1],
