@@ -27,6 +27,10 @@ def pytest_configure(config):
     if wanted in ("triton", "reference") and device == "cpu":  # before torchfast is imported
         os.environ["TORCHFAST_DISABLE_NATIVE"] = "1"
         os.environ["TRITON_INTERPRET"] = "1" if wanted == "triton" else "0"
+    if wanted == "triton" and device == "cpu":
+        import interpreter
+
+        interpreter.install()
 
 
 @pytest.fixture(scope="session")

@@ -1074,7 +1074,9 @@ def test_inplace_backward_refuses_leaves_and_expanded_logits(device):
         cross_entropy(expanded, t, inplace_backward=True)
 
 
-@pytest.mark.parametrize("view", [lambda p: p.view(9, 70), lambda p: p[0], lambda p: p.view(9, 70)[:5]], ids=str)
+@pytest.mark.parametrize(
+    "view", [lambda p: p.view(9, 70), lambda p: p[0], lambda p: p.view(9, 70)[:5]], ids=["view", "select", "slice"]
+)
 def test_inplace_backward_refuses_views_of_a_leaf(view, device):
     """p.grad would be p's own memory, and the optimizer would zero the parameter."""
     parameter = torch.randn(1, 9, 70, device=device, requires_grad=True)

@@ -82,23 +82,25 @@ def _load_u(target, offsets, wa, wa_stride, c, classes, mask, keep, uniform, PRO
 
 
 @triton.jit
-def _p_and_rest(d, rest):
-    """p and 1 - p, from d = z - m."""
-    e = tl.exp(d)
-    total = 1 + rest
-    return e / total, tl.where(d == 0, rest, total - e) / total
+def _p_and_rest(d, rest, inverse):
+    """p and 1 - p, from d = z - m and inverse = 1 / (1 + rest)."""
+    p = tl.exp(d) * inverse
+    return p, tl.where(d == 0, rest * inverse, 1 - p)  # only the largest, d = 0, can have p > 1/2
 
 
 @triton.jit
 def _psi(minus_log_p, p, rest_p, gamma, FOCAL: tl.constexpr):
-    """(1 - p)^gamma, and psi."""
-    if FOCAL:
-        modulation = tl.where(rest_p == 0, 0.0, tl.exp(gamma * tl.log(rest_p)))
-        p_r = tl.where(p == 0, 0.0, tl.where(rest_p == 0, p, p * minus_log_p / rest_p))
-        psi = -modulation * (1 + gamma * p_r)
-    else:
+    """(1 - p)^gamma, and psi. FOCAL: 0 is gamma 0, 2 is gamma 2, 1 any other."""
+    p_log = tl.where(p == 0, 0.0, p * minus_log_p)
+    if FOCAL == 0:
         modulation = tl.full(p.shape, 1.0, p.dtype)
         psi = -modulation
+    elif FOCAL == 2:  # no power, no division, and for a small p one rounding
+        modulation = tl.where(p > 0.5, rest_p * rest_p, 1 + p * (p - 2))
+        psi = -(modulation + 2 * p_log * rest_p)
+    else:
+        modulation = tl.where(rest_p == 0, 0.0, tl.exp(gamma * tl.log(rest_p)))
+        psi = -modulation * (1 + gamma * tl.where(rest_p == 0, p, p_log / rest_p))
     return modulation, psi
 
 
@@ -142,7 +144,7 @@ def _offsets(outer, i, c, so, sr, sc, VEC: tl.constexpr, CLASSES_MINOR: tl.const
 def _row_target(target, sample_weight, row, in_range, ignore_index, classes, PROB: tl.constexpr, ACC: tl.constexpr):
     """Class, has one, it is out of range, sample weight, counts. No address is made of a bad class."""
     if PROB:
-        t = tl.zeros(row.shape, tl.int64)
+        t = tl.zeros(row.shape, tl.int32)
         known = in_range
         bad = in_range & (t != 0)
     else:
@@ -150,7 +152,7 @@ def _row_target(target, sample_weight, row, in_range, ignore_index, classes, PRO
         given = in_range & (t != ignore_index)
         bad = given & ((t < 0) | (t >= classes))
         known = given & (bad == 0)
-        t = tl.where(known, t, 0)
+        t = tl.where(known, t, 0).to(classes.dtype)
     if sample_weight is not None:
         s = tl.load(sample_weight + row, mask=in_range, other=0.0).to(ACC)
     else:
@@ -208,9 +210,9 @@ def forward_kernel(
     CLASSES_MINOR: tl.constexpr,
 ):
     ACC: tl.constexpr = loss.dtype.element_ty
-    keep, uniform, gamma = tl.cast(keep, ACC), tl.cast(uniform, ACC), tl.cast(gamma, ACC)
-    z_loss, cap, scale = tl.cast(z_loss, ACC), tl.cast(cap, ACC), tl.cast(scale, ACC)
-    LINEAR: tl.constexpr = DENSE and not FOCAL  # sum u log p needs no p: one pass is enough
+    keep, uniform, gamma = tl.full([], keep, ACC), tl.full([], uniform, ACC), tl.full([], gamma, ACC)
+    z_loss, cap, scale = tl.full([], z_loss, ACC), tl.full([], cap, ACC), tl.full([], scale, ACC)
+    LINEAR: tl.constexpr = DENSE and FOCAL == 0  # sum u log p needs no p: one pass is enough
     program = tl.program_id(0)
     block, first, end = program, 0, classes
     split = 0
@@ -281,13 +283,13 @@ def forward_kernel(
             tl.store(here + 4 * plane, shift, mask=in_range)
     else:
         rest = tl.where(tl.abs(m) == float("inf"), float("nan"), rest)  # as torch: no softmax without a maximum
-        log_rest = _log1p(rest)
+        log_rest, inverse = _log1p(rest), 1 / (1 + rest)
         row_loss = tl.zeros([M], ACC)
         sum_u_psi = tl.zeros([M], ACC)
         if LINEAR:
             row_loss = tl.where(u_sum == 0, 0.0, u_sum * ((m - shift) + log_rest)) - uz_sum
             sum_u_psi = -u_sum
-        if DENSE and FOCAL:
+        if DENSE and FOCAL > 0:
             if STAGE == FINISH:
                 plane = splits.to(tl.int64) * rows
                 row_loss = tl.sum(tl.load(at + 2 * plane, mask=there, other=0.0), axis=1)
@@ -304,7 +306,7 @@ def forward_kernel(
                     y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
                     u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
                     d = z - m[:, None]
-                    p, rest_p = _p_and_rest(d, rest[:, None])
+                    p, rest_p = _p_and_rest(d, rest[:, None], inverse[:, None])
                     modulation, psi = _psi(log_rest[:, None] - d, p, rest_p, gamma, FOCAL)
                     losses += tl.where(u == 0, 0.0, u * modulation * (log_rest[:, None] - d))
                     u_psis += tl.where(u == 0, 0.0, u * psi)
@@ -318,9 +320,9 @@ def forward_kernel(
                 u = tl.zeros([M], ACC) + keep
                 if wa is not None:
                     u = u * tl.load(wa + t * wa_stride, mask=live, other=0.0).to(ACC)
-                z = _load_z(logits, outer * x_outer + i * x_row + t * x_class, live, scale, cap, SCALED, CAPPED, ACC)
+                z = _load_z(logits, outer * x_outer + i * x_row + t.to(tl.int64) * x_class, live, scale, cap, SCALED, CAPPED, ACC)
                 d = z - m
-                p, rest_p = _p_and_rest(d, rest)
+                p, rest_p = _p_and_rest(d, rest, inverse)
                 modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL)
                 row_loss += tl.where(u == 0, 0.0, u * modulation * (log_rest - d))
                 sum_u_psi += tl.where(u == 0, 0.0, u * psi)
@@ -414,8 +416,8 @@ def backward_kernel(
     CLASSES_MINOR: tl.constexpr,
 ):
     ACC: tl.constexpr = residuals.dtype.element_ty
-    keep, uniform, gamma = tl.cast(keep, ACC), tl.cast(uniform, ACC), tl.cast(gamma, ACC)
-    z_loss, cap, scale = tl.cast(z_loss, ACC), tl.cast(cap, ACC), tl.cast(scale, ACC)
+    keep, uniform, gamma = tl.full([], keep, ACC), tl.full([], uniform, ACC), tl.full([], gamma, ACC)
+    z_loss, cap, scale = tl.full([], z_loss, ACC), tl.full([], cap, ACC), tl.full([], scale, ACC)
     spans = tl.cdiv(tl.cdiv(classes, BLOCK), steps)
     first = tl.program_id(0) % spans * steps * BLOCK
     outer, i, row, in_range = _rows_of(tl.program_id(0) // spans, inner, M, VEC, CLASSES_MINOR)
@@ -430,7 +432,8 @@ def backward_kernel(
     m = tl.load(residuals + row, mask=in_range, other=0.0)[:, None]
     rest = tl.load(residuals + rows_wide + row, mask=in_range, other=0.0)[:, None]
     sum_u_psi = tl.load(residuals + 2 * rows_wide + row, mask=in_range, other=0.0)[:, None]
-    log_rest = _log1p(rest) if Z or FOCAL and DENSE else rest
+    inverse = 1 / (1 + rest)
+    log_rest = _log1p(rest) if Z or FOCAL > 0 and DENSE else rest
     if not PROB:
         own = tl.zeros([M], ACC) + keep
         if DENSE and wa is not None:
@@ -443,13 +446,13 @@ def backward_kernel(
         offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
         z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
         d = z - m
-        p, rest_p = _p_and_rest(d, rest)
+        p, rest_p = _p_and_rest(d, rest, inverse)
         if DENSE:
             y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
             u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
             if not PROB:
                 u += tl.where(c[None, :] == t[:, None], own[:, None], 0.0)
-            if FOCAL:
+            if FOCAL > 0:
                 modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL)
                 u_psi = tl.where(u == 0, 0.0, u * psi)
             else:
@@ -478,33 +481,38 @@ class Tile(NamedTuple):
     warps: int
 
 
-def forward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int) -> Tile:
-    """About 16 elements a thread: enough loads in flight, and with three or four values each no spill.
+def elements_of_thread(itemsize: int, many_temporaries: bool) -> int:
+    """16: enough loads in flight, and with the sums of each no spill. Half where the formula needs many
+    temporaries (softcap's tanh, a focal loss over all classes), half in fp64."""
+    return 16 // (2 if many_temporaries else 1) // (2 if itemsize == 8 else 1)
 
-    Up to 8192 classes a row stays in registers; longer ones are walked in blocks of 4096. Along positions
-    a thread owns vectors of positions, so that it sums over its classes alone, four at a time.
+
+def forward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int, each: int) -> Tile:
+    """Rows up to 16 full warps stay in registers; longer ones are walked in blocks of half of that.
+
+    Along positions a thread owns vectors of positions, so that it sums over its classes alone.
     """
     if not classes_minor:
-        return _positions_tile(classes, inner, itemsize)
-    return _rows_tile(_power_of_2(classes) if classes <= 8192 else 4096, inner)
+        return _positions_tile(classes, inner, itemsize, each)
+    return _rows_tile(_power_of_2(classes) if classes <= 512 * each else 256 * each, inner, each)
 
 
-def backward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int) -> Tile:
+def backward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int, each: int) -> Tile:
     """As in the forward; but nothing is summed over the row, so blocks can be shorter."""
     if not classes_minor:
-        return _positions_tile(classes, inner, itemsize)
-    return _rows_tile(min(_power_of_2(classes), 2048), inner)
+        return _positions_tile(classes, inner, itemsize, each)
+    return _rows_tile(min(_power_of_2(classes), 128 * each), inner, each)
 
 
-def _rows_tile(block: int, inner: int) -> Tile:
-    rows = max(1, min(2048 // block, _power_of_2(inner)))
-    return Tile(rows, block, max(1, min(8, rows * block // 512)))
+def _rows_tile(block: int, inner: int, each: int) -> Tile:
+    rows = max(1, min(128 * each // block, _power_of_2(inner)))
+    return Tile(rows, block, max(1, rows * block // (32 * each)))
 
 
-def _positions_tile(classes: int, inner: int, itemsize: int) -> Tile:
+def _positions_tile(classes: int, inner: int, itemsize: int, each: int) -> Tile:
     positions = min(128 * 16 // itemsize, _power_of_2(inner))  # a vector for each of 4 warps' threads
-    block = min(_power_of_2(classes), max(4, 2048 // positions))
-    return Tile(positions, block, max(1, min(4, positions * block // 512)))
+    block = min(_power_of_2(classes), max(1, 128 * each // positions))
+    return Tile(positions, block, max(1, positions * block // (32 * each)))
 
 
 def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int) -> int:
@@ -574,7 +582,7 @@ class Call:
         if not self.prob:
             if target.dtype in (torch.uint16, torch.uint32, torch.uint64):
                 target = target.long()
-            target = target.reshape(-1)
+            target = target.contiguous()
             if flag("TORCHFAST_CHECK"):
                 check_range(target, (target != ignore_index) & ((target < 0) | (target >= classes)), classes)
         else:
@@ -613,15 +621,17 @@ class Call:
         else:
             self.wa = weight.to(self.acc) * alpha.to(self.acc)
         self.wa_stride = 0 if self.wa is None else self.wa.stride(0)
-        self.sample_weight = None if sample_weight is None else self._plain(sample_weight).reshape(-1)
+        self.sample_weight = None if sample_weight is None else self._plain(sample_weight).contiguous()
         self.ignore_index = ignore_index
         keep, uniform = 1.0 - label_smoothing, label_smoothing / classes
         self.numbers = tuple(float(v) for v in (keep, uniform, gamma, z_loss, softcap or 1.0, logit_scale))
         self.dense = self.prob or uniform != 0
+        each = elements_of_thread(logits.element_size(), softcap != 0 or (self.dense and gamma != 0))
+        self.sizes = (classes, self.inner, self.classes_minor, logits.element_size(), each)
         self.flags = {
             "PROB": self.prob,
             "DENSE": self.dense,
-            "FOCAL": gamma != 0,
+            "FOCAL": 2 if gamma == 2 else int(gamma != 0),
             "Z": z_loss != 0,
             "CAPPED": softcap != 0,
             "SCALED": logit_scale != 1,
@@ -649,7 +659,7 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
     call = Call(logits, target, *options)
     reduce = call.reduction != 0
     loss, residuals = fake(logits, target, *options)
-    tile = forward_tile(call.classes, call.inner, call.classes_minor, logits.element_size())
+    tile = forward_tile(*call.sizes)
     blocks = -(-call.classes // tile.BLOCK)
     programs = call.outer * -(-call.inner // tile.M) if call.rows else 0
     sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if reduce else loss
@@ -718,12 +728,12 @@ def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out
     if not logits.numel():
         return
     call = Call(logits, target, *options, gradient=out)
-    tile = backward_tile(call.classes, call.inner, call.classes_minor, logits.element_size())
+    tile = backward_tile(*call.sizes)
     row_blocks = call.outer * -(-call.inner // tile.M)
     blocks = -(-call.classes // tile.BLOCK)
     steps = steps_of(call.classes_minor, row_blocks, blocks, _processors(call.device))
     if any(grad_loss.stride()):
-        grad_loss = grad_loss.reshape(-1)
+        grad_loss = grad_loss.contiguous()
     with call.on_device():
         backward_kernel[(row_blocks * -(-blocks // steps),)](
             grad_loss,

@@ -1,0 +1,263 @@
+"""Compiles the Triton kernels without a GPU, exactly as the launcher would launch them, and reads the code.
+
+    python tests/triton_audit.py           writes docs/gpu-audit.md
+    python tests/triton_audit.py --all     every option and tile, on every target (half an hour); prints offenders
+
+The launcher runs on meta tensors, which have shapes and strides but no data: a launcher that looked at
+data would raise here. Triton's driver is replaced by one that names the target and launches nothing, so
+types, alignment and constants are specialised by Triton's own rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import itertools
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from torchfast.losses.cross_entropy import triton_kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+REGISTERS = {"cuda": 65536, "hip": 131072}  # 32-bit registers of a multiprocessor or compute unit
+THREADS = {80: 2048, 90: 2048, 100: 2048, "gfx942": 2048}
+
+
+class Options(NamedTuple):
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+    weighted: bool = False
+    probabilities: bool = False
+    reduction: int = 1
+
+
+OPTIONS = {
+    "CE": Options(),
+    "CE, sum": Options(reduction=2),
+    "CE, none": Options(reduction=0),
+    "CE+LS": Options(label_smoothing=0.1),
+    "focal": Options(gamma=2.0),
+    "focal+LS+weights": Options(label_smoothing=0.1, gamma=2.0, weighted=True),
+    "z-loss, softcap, scale": Options(z_loss=1e-4, softcap=30.0, logit_scale=0.5),
+    "probabilities": Options(probabilities=True),
+    "everything": Options(0.1, 1.5, 1e-4, 30.0, 0.5, True, True),
+}
+
+
+class Config(NamedTuple):
+    target: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    options: str
+    channels_last: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled launch, and what its machine code does."""
+
+    config: Config
+    name: str
+    constants: dict[str, Any]
+    programs: int
+    threads: int
+    registers: int
+    spilled: int
+    """Spilled registers, and bytes of local memory (stack, private segment)."""
+    shared: int
+    loads: dict[int, int]
+    """Global load instructions by width in bits."""
+    stores: dict[int, int]
+
+    @property
+    def stage(self) -> str:
+        stages = ("", " scan", " sum", " finish")
+        return self.name.removesuffix("_kernel") + stages[self.constants.get("STAGE", 0)]
+
+    @property
+    def occupancy(self) -> float:
+        """Part of the resident threads that registers allow."""
+        target = TARGETS[self.config.target]
+        each = -(-self.registers // 8) * 8 * self.threads
+        blocks = REGISTERS[target.backend] // each
+        return min(1.0, blocks * self.threads / THREADS[target.arch])
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def record(target: str, function: Any) -> list[tuple[Any, dict[str, Any], tuple[int, ...], Any]]:
+    """Runs ``function``; its launches compile instead: (kernel, constants, grid, compiled)."""
+    launches = []
+    run = triton.runtime.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **constants)
+        launches.append((self, constants, grid, compiled))
+        return compiled
+
+    driver = triton.runtime.driver
+    before = driver._active
+    jits = [value for value in vars(triton_kernels).values() if isinstance(value, triton.runtime.JITFunction)]
+    try:
+        driver.set_active(_Driver(TARGETS[target]))
+        triton.runtime.JITFunction.run = compile_only
+        for jit in jits:
+            jit.device_caches.clear()  # it caches by device, and every target is device 0
+        function()
+    finally:
+        triton.runtime.JITFunction.run = run
+        driver._active = before
+    return launches
+
+
+def call(config: Config) -> None:
+    """Forward and backward of the config, on meta tensors."""
+    o, shape = OPTIONS[config.options], config.shape
+    logits = torch.empty(shape, dtype=config.dtype, device="meta")
+    if config.channels_last:
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    rows = (shape[0], *shape[2:])
+    target = torch.empty_like(logits) if o.probabilities else torch.empty(rows, dtype=torch.int64, device="meta")
+    weight = torch.empty(shape[1], device="meta") if o.weighted else None
+    sample_weight = torch.empty(rows, device="meta") if o.weighted else None
+    numbers = (o.label_smoothing, o.gamma, o.z_loss, o.softcap, o.logit_scale, False, False)
+    arguments = (logits, target, weight, weight, sample_weight, -100, o.reduction, *numbers)
+    loss, residuals = triton_kernels.cross_entropy(*arguments)
+    triton_kernels.cross_entropy_backward(torch.empty_like(loss), *arguments, residuals)
+
+
+def compiled(config: Config) -> list[Kernel]:
+    found = []
+    for jit, constants, grid, binary in record(config.target, lambda: call(config)):
+        code = _amd(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else _nvidia(binary.asm["cubin"])
+        threads = constants["num_warps"] * TARGETS[config.target].warp_size
+        found.append(
+            Kernel(config, jit.fn.__name__, constants, grid[0], threads, shared=binary.metadata.shared, **code)
+        )
+    return found
+
+
+def _nvidia(cubin: bytes) -> dict[str, Any]:
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    assert usage, text[:500]
+    local = re.findall(r"\b(?:LDL|STL)\b", text)
+    widths = {kind: collections.Counter() for kind in ("LDG", "STG")}
+    for kind, suffixes in re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*) ", text):
+        widths[kind][_bits(suffixes)] += 1
+    assert widths["LDG"], "no loads: is the disassembly read rightly?"
+    return {
+        "registers": int(usage[1]),
+        "spilled": int(usage[2]) + int(usage[3]) + len(local),
+        "loads": dict(widths["LDG"]),
+        "stores": dict(widths["STG"]),
+    }
+
+
+def _bits(suffixes: str) -> int:
+    for bits in (128, 64):
+        if f".{bits}" in suffixes:
+            return bits
+    match = re.search(r"\.[US](8|16)\b", suffixes)
+    return int(match[1]) if match else 32
+
+
+def _amd(assembly: str) -> dict[str, Any]:
+    fields = dict(re.findall(r"\.(\w+): +(\d+)\n", assembly))
+    names = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+    widths = {kind: collections.Counter() for kind in ("load", "store")}
+    for kind, what in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly):
+        widths[kind][names.get(what, 8 if "byte" in what else 16)] += 1
+    assert widths["load"], "no loads: is the assembly read rightly?"
+    spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return {
+        "registers": int(fields["vgpr_count"]),
+        "spilled": sum(int(fields[name]) for name in spilled),
+        "loads": dict(widths["load"]),
+        "stores": dict(widths["store"]),
+    }
+
+
+# ---- What is audited ---------------------------------------------------------------------------
+
+#: One shape for each tile that the launcher chooses: rows of 1, 2, 4, ... classes, in registers; loops;
+#: splits; ragged rows; positions; positions of a small or ragged image.
+ROWS = [(2**18 // classes + 1, classes) for classes in (1, 2, 3, 8, 10, 24, 64, 96, 152, 504, 1000, 2048, 4000, 8192)]
+LONG = [(4096, 32000), (8, 128256), (4096, 50257), (8, 50257)]
+POSITIONS = [(4, 19, 1024, 1024), (2, 2, 512, 512), (2, 150, 128, 128), (8, 1000, 7, 7), (64, 19, 4, 4), (1, 3, 1, 2**15)]
+SHAPES = [*ROWS, *LONG, *POSITIONS]
+DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+
+
+def suite(target: str) -> list[Config]:
+    """What the tests compile: on sm_90 all tiles in the two main dtypes, plain and with everything on,
+    and every option; elsewhere the tiles that need most registers."""
+    both = ("CE", "everything")
+    heavy = [(4096, 32000), (8, 128256), (257, 8192), (4, 19, 1024, 1024)]
+    shapes = SHAPES if target == "sm_90" else heavy
+    dtypes = DTYPES[:2] if target == "sm_90" else (torch.bfloat16, torch.float32)
+    configs = [Config(target, *of) for of in itertools.product(shapes, dtypes, both)]
+    if target == "sm_90":
+        configs += [Config(target, s, torch.bfloat16, o) for s in heavy for o in OPTIONS if o not in both]
+        configs += [Config(target, s, d, "everything") for s in heavy for d in DTYPES[2:]]
+        configs += [Config(target, (4, 19, 1024, 1024), torch.bfloat16, "CE", channels_last=True)]
+    return configs
+
+
+def everything() -> list[Config]:
+    return [Config(*of) for of in itertools.product(TARGETS, SHAPES, DTYPES, OPTIONS)]
+
+
+def compile_all(configs: list[Config]) -> list[Kernel]:
+    """In as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        return list(itertools.chain.from_iterable(pool.map(compiled, configs, chunksize=4)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true")
+    if parser.parse_args().all:
+        kernels = compile_all(everything())
+        print(f"{len(kernels)} kernels, most registers {max(k.registers for k in kernels)}")
+        for kernel in kernels:
+            if kernel.spilled:
+                print("spills:", kernel)
