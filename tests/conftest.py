@@ -1,4 +1,10 @@
-"""Shared by all tests: the kernels and device under test, a fixed seed, hypothesis without deadlines or luck."""
+"""Shared by all tests: the kernels and devices under test, a fixed seed, hypothesis without deadlines or luck.
+
+pytest                     the kernels that serve the CPU here, and those of each GPU here
+pytest -m gpu              the GPUs alone
+pytest --kernel triton     Triton's kernels on CPU tensors, in its interpreter
+pytest --kernel reference  plain PyTorch
+"""
 
 import os
 
@@ -13,42 +19,67 @@ settings.load_profile("torchfast")
 
 
 def pytest_addoption(parser):
-    default = os.environ.get("TORCHFAST_TEST_DEVICE", "cpu")
-    parser.addoption("--device", default=default, help="device whose kernels are tested (cpu, cuda, xpu)")
+    parser.addoption("--device", help="test only this device (cpu, cuda, xpu); TORCHFAST_TEST_DEVICE says it too")
     parser.addoption(
-        "--kernel",
-        choices=("native", "triton", "reference"),
-        help="which kernels must serve that device; triton on the CPU is its interpreter",
+        "--kernel", choices=("native", "triton", "reference"), help="which kernels must serve the CPU; sees to it"
     )
 
 
+def devices(config):
+    only = config.getoption("--device") or os.environ.get("TORCHFAST_TEST_DEVICE")
+    if only or config.getoption("--kernel"):
+        return [only or "cpu"]
+    return ["cpu", *(gpu for gpu in ("cuda", "xpu") if getattr(torch, gpu).is_available())]
+
+
 def pytest_configure(config):
-    wanted, device = config.getoption("--kernel"), config.getoption("--device")
-    if wanted in ("triton", "reference") and device == "cpu":  # before torchfast is imported
+    wanted = config.getoption("--kernel")
+    if wanted in ("triton", "reference"):  # before torchfast is imported
         os.environ["TORCHFAST_DISABLE_NATIVE"] = "1"
         os.environ["TRITON_INTERPRET"] = "1" if wanted == "triton" else "0"
-    if wanted == "triton" and device == "cpu":
+    if wanted == "triton":
         import interpreter
 
         interpreter.install()
 
 
-@pytest.fixture(scope="session")
-def kernel(request, device):
-    """Which kernels serve the device: a test must not believe that it tests others."""
+def served_by(device):
+    """Which kernels serve the device."""
     from torchfast.info import report
 
-    wanted = request.config.getoption("--kernel")
     kernels = {of[device] for of in report()["kernels"].values()}
-    assert wanted is None or kernels == {wanted}, f"--kernel {wanted}, but {device} is served by {kernels}"
-    return kernels.pop()
+    return kernels.pop() if len(kernels) == 1 else kernels
+
+
+def pytest_sessionstart(session):
+    """A run must not believe that it tests kernels other than those that it tests."""
+    wanted = session.config.getoption("--kernel")
+    if wanted and served_by("cpu") != wanted:
+        raise pytest.UsageError(f"--kernel {wanted}, but the CPU is served by {served_by('cpu')}")
+
+
+def pytest_report_header(config):
+    return "kernels: " + ", ".join(f"{device} {served_by(device)}" for device in devices(config))
+
+
+def pytest_generate_tests(metafunc):
+    """Each test that takes a device runs on all of them; those of GPUs are marked gpu."""
+    tested = devices(metafunc.config)
+    if "device" in metafunc.fixturenames and tested != ["cpu"]:
+        marked = [pytest.param(device, marks=[pytest.mark.gpu] * (device != "cpu")) for device in tested]
+        metafunc.parametrize("device", marked, scope="session")
 
 
 @pytest.fixture(scope="session")
-def device(request):
-    return request.config.getoption("--device")
+def device():
+    return "cpu"
+
+
+@pytest.fixture(scope="session")
+def kernel(device):
+    return served_by(device)
 
 
 @pytest.fixture(autouse=True)
-def seed(kernel):
+def seed():
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,54 +41,75 @@ def install() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-class Accesses:
-    """What was read and written of each watched tensor: times per byte of its storage."""
+@dataclass
+class Launch:
+    """One launch: its tensors by argument name, and how often each of their elements was read and written."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-        self.storages = {name: t.untyped_storage() for name, t in tensors.items()}
-        self.reads = {name: np.zeros(s.nbytes(), np.int32) for name, s in self.storages.items()}
-        self.writes = {name: np.zeros(s.nbytes(), np.int32) for name, s in self.storages.items()}
-        self.strange: list[int] = []
+    kernel: str
+    tensors: dict[str, Tensor]
+    reads: dict[str, np.ndarray] = field(default_factory=dict)
+    writes: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def count(self, counts: dict[str, np.ndarray], addresses: np.ndarray, size: int) -> None:
-        for address in addresses.tolist():
-            for name, storage in self.storages.items():
-                at = address - storage.data_ptr()
-                if 0 <= at <= storage.nbytes() - size:
-                    counts[name][at : at + size] += 1
-                    break
-            else:
-                self.strange.append(address)
+    def __post_init__(self) -> None:
+        self.addresses = {name: np.unique(_addresses(t)) for name, t in self.tensors.items()}
+        for name, addresses in self.addresses.items():
+            self.reads[name], self.writes[name] = (np.zeros(len(addresses), np.int32) for _ in range(2))
 
-    def times(self, counts: dict[str, np.ndarray], name: str) -> np.ndarray:
-        """Per element of the tensor."""
-        t = self.tensors[name]
-        flat = counts[name].reshape(-1, t.element_size())[:, 0]
-        strides = tuple(s * flat.itemsize for s in t.stride())
-        return np.lib.stride_tricks.as_strided(flat[t.storage_offset() :], t.shape, strides)
+    def count(self, counts: dict[str, np.ndarray], addresses: np.ndarray, names: list[str]) -> None:
+        for name in names:
+            valid = self.addresses[name]
+            if len(valid) and len(addresses):
+                at = np.searchsorted(valid, addresses).clip(max=len(valid) - 1)
+                inside = valid[at] == addresses
+                np.add.at(counts[name], at[inside], 1)
+                addresses = addresses[~inside]
+        assert not len(addresses), f"{self.kernel}: {len(addresses)} accesses outside of every tensor's elements"
+
+    def of(self, counts: dict[str, np.ndarray], name: str) -> np.ndarray:
+        """Counts in the tensor's shape."""
+        at = np.searchsorted(self.addresses[name], _addresses(self.tensors[name]))
+        return counts[name][at]
+
+
+def _addresses(t: Tensor) -> np.ndarray:
+    """Of each element, in the tensor's shape."""
+    at = np.full(t.shape, t.data_ptr(), np.uint64)
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        steps = np.arange(size, dtype=np.uint64) * np.uint64(stride * t.element_size())
+        at += steps.reshape([-1 if d == dim else 1 for d in range(t.dim())])
+    return at
 
 
 @contextlib.contextmanager
-def watched(**tensors: Tensor) -> Iterator[Accesses]:
-    """Counts the kernels' accesses; an address outside of the given tensors' storages is strange."""
-    accesses = Accesses(tensors)
+def watched() -> Iterator[list[Launch]]:
+    """Counts what the kernels read and write. An access to anything but an element of an argument is an error:
+    that sees more than poisoned guard regions, which a masked or ignored value can pass through."""
+    launches: list[Launch] = []
     load, store = _Builder.create_masked_load, _Builder.create_masked_store
+    init = interpreter.GridExecutor._init_args_hst
 
-    def active(ptrs: Any, mask: Any) -> tuple[np.ndarray, int]:
-        on = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)
-        return ptrs.data[on], ptrs.get_element_ty().primitive_bitwidth // 8
+    def begin(self: Any, args: Any, kwargs: Any) -> Any:
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        tensors = {name: t for name, t in named.items() if isinstance(t, Tensor)}
+        launches.append(Launch(self.fn.__name__, tensors))
+        return init(self, args, kwargs)
+
+    def active(ptrs: Any, mask: Any) -> np.ndarray:
+        return ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)]
 
     def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        accesses.count(accesses.reads, *active(ptrs, mask))
+        launches[-1].count(launches[-1].reads, active(ptrs, mask), list(launches[-1].tensors))
         return load(self, ptrs, mask, *rest)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        accesses.count(accesses.writes, *active(ptrs, mask))
+        outputs_first = list(launches[-1].tensors)[::-1]
+        launches[-1].count(launches[-1].writes, active(ptrs, mask), outputs_first)
         return store(self, ptrs, value, mask, *rest)
 
     _Builder.create_masked_load, _Builder.create_masked_store = masked_load, masked_store
+    interpreter.GridExecutor._init_args_hst = begin
     try:
-        yield accesses
+        yield launches
     finally:
         _Builder.create_masked_load, _Builder.create_masked_store = load, store
+        interpreter.GridExecutor._init_args_hst = init

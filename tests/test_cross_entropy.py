@@ -686,9 +686,9 @@ def difficult_logits(kind, rows, classes, target):
 @pytest.mark.parametrize("classes", [2, 10, 1000, 50257])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"gamma": 2.0}], ids=["ce", "smoothed", "focal"])
-def test_errors_are_no_larger_than_those_of_eager_pytorch(kind, classes, dtype, options, device):
+def test_errors_are_no_larger_than_those_of_eager_pytorch(kind, classes, dtype, options, device, kernel):
     """The rule of apple/ml-cross-entropy: eager's own maximal error, plus one ulp."""
-    rows = {2: 512, 10: 512, 1000: 64, 50257: 16}[classes]  # many, so that no maximum is luck
+    rows = {2: 512, 10: 512, 1000: 64, 50257: 4 if kernel == "triton" else 16}[classes]  # no maximum is luck
     t = torch.randint(classes, (rows,))
     x = difficult_logits(kind, rows, classes, t).to(device, dtype)
     t = t.to(device)
@@ -741,6 +741,11 @@ def test_ignore_index_is_compared_as_a_number(integer, ignore_index, device):
     same(gradient, expected_gradient)
 
 
+def raises_by_itself(device, kernel):
+    """A GPU is never made to wait, nor is the interpreter of its kernels: there NaN says it, unless asked to check."""
+    return torch.device(device).type == "cpu" and kernel != "triton"
+
+
 @pytest.mark.parametrize(
     "value, integer",
     [
@@ -757,12 +762,14 @@ def test_ignore_index_is_compared_as_a_number(integer, ignore_index, device):
     ids=str,
 )
 @option_sets
-def test_a_target_out_of_range_is_an_error_and_never_a_silent_zero(value, integer, options, device, monkeypatch):
+def test_a_target_out_of_range_is_an_error_and_never_a_silent_zero(
+    value, integer, options, device, kernel, monkeypatch
+):
     x, t = torch.randn(9, 70, device=device), torch.arange(9, device=device, dtype=integer)
     expected, expected_gradient = loss_and_gradient(x, t, reduction="none", **options)
     wrong = t.clone()
     wrong[4] = value
-    if torch.device(device).type == "cpu":
+    if raises_by_itself(device, kernel):
         for reduction in ("none", "sum", "mean"):
             with pytest.raises(IndexError, match=rf"{value}\b.*0 to 69"):
                 cross_entropy(x, wrong, reduction=reduction, **options)
@@ -778,11 +785,11 @@ def test_a_target_out_of_range_is_an_error_and_never_a_silent_zero(value, intege
     same(again_gradient, expected_gradient)
 
 
-def test_a_target_out_of_range_far_into_the_batch_raises(device):
+def test_a_target_out_of_range_far_into_the_batch_raises(device, kernel, monkeypatch):
     """Found by whichever thread has the row, and raised by the caller's."""
-    if torch.device(device).type != "cpu":
-        return
-    x, t = torch.randn(50_000, 3), torch.zeros(50_000, dtype=torch.long)
+    if not raises_by_itself(device, kernel):
+        monkeypatch.setenv("TORCHFAST_CHECK", "1")
+    x, t = torch.randn(50_000, 3, device=device), torch.zeros(50_000, dtype=torch.long, device=device)
     for row in (0, 25_001, 49_999):
         wrong = t.clone()
         wrong[row] = 3
@@ -929,13 +936,14 @@ def test_expanded_and_strided_upstream(shape, device):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", [(40_000, 5), (70, 9_000), (2, 19, 64, 64)], ids=str)
-def test_bitwise_deterministic_where_threads_share_the_work(shape, reduction, device):
+def test_bitwise_deterministic_where_threads_share_the_work(shape, reduction, device, kernel):
     """Run to run; also for any number of threads, but for the reference's torch.sum, which splits by it."""
     x, t = torch.randn(shape, device=device), torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
     expected = loss_and_gradient(x, t, reduction=reduction, label_smoothing=0.1)
     threads = torch.get_num_threads()
     try:
-        for count in (threads, threads, 1, 2) if reduction == "none" or unavailable_reason is None else [threads] * 3:
+        share = kernel == "native" or (kernel == "reference" and reduction == "none")
+        for count in (threads, threads, 1, 2) if share else [threads]:
             torch.set_num_threads(count)
             actual = loss_and_gradient(x, t, reduction=reduction, label_smoothing=0.1)
             same(actual[0], expected[0])
@@ -961,10 +969,11 @@ def available_memory():
         return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
 
 
-@pytest.mark.skipif(unavailable_reason is not None, reason="the reference needs ten times the memory")
 @pytest.mark.parametrize("shape", [(70_000, 32_000), (2**25 + 7, 65), (1, 65, 2**25 + 7)], ids=str)
-def test_more_than_2_to_the_31_elements(shape, device):
+def test_more_than_2_to_the_31_elements(shape, device, kernel):
     """Row offsets are 64-bit: rows past element 2^31 are as right as the first ones."""
+    if kernel == "reference" or (device, kernel) == ("cpu", "triton"):
+        pytest.skip("the reference needs ten times the memory; interpreted: test_triton_cross_entropy.py")
     if available_memory() < 12 * 2**30:
         pytest.skip("needs 12 GiB of free memory")
     x = torch.empty(shape, dtype=torch.bfloat16, device=device)

@@ -26,7 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from torchfast.losses.cross_entropy import triton_kernels
+from torchfast.losses.cross_entropy import triton_kernels, triton_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -154,8 +154,8 @@ def call(config: Config) -> None:
     sample_weight = torch.empty(rows, device="meta") if o.weighted else None
     numbers = (o.label_smoothing, o.gamma, o.z_loss, o.softcap, o.logit_scale, False, False)
     arguments = (logits, target, weight, weight, sample_weight, -100, o.reduction, *numbers)
-    loss, residuals = triton_kernels.cross_entropy(*arguments)
-    triton_kernels.cross_entropy_backward(torch.empty_like(loss), *arguments, residuals)
+    loss, residuals = triton_launch.cross_entropy(*arguments)
+    triton_launch.cross_entropy_backward(torch.empty_like(loss), *arguments, residuals)
 
 
 def compiled(config: Config) -> list[Kernel]:
@@ -215,30 +215,68 @@ def _amd(assembly: str) -> dict[str, Any]:
     }
 
 
+# ---- What must hold ----------------------------------------------------------------------------
+
+#: Bytes that must be in flight in a multiprocessor to draw 3.35 TB/s (H100, 132 of them) at 600 ns latency.
+IN_FLIGHT = int(3.35e12 / 132 * 600e-9)
+#: Loads of a row's numbers (target, sample weight, residuals, own logit), in 32-bit words.
+ROW_WORDS = 12
+
+
+def check_spills(kernel: Kernel) -> None:
+    assert kernel.spilled == 0, f"spills: {kernel}"
+
+
+def check_vectors(kernel: Kernel) -> None:
+    """Aligned logits: all of the tile moves in 128-bit accesses; what is narrower belongs to the rows."""
+    vector = 16 // kernel.config.dtype.itemsize
+    assert kernel.constants["VEC"] == vector, f"{kernel.config} is not aligned"
+    elements = kernel.constants["M"] * kernel.constants["BLOCK"] // kernel.threads
+    tile = elements // vector  # vectors of a thread
+    passes = 1 if kernel.name == "backward_kernel" or kernel.constants["ONE_BLOCK"] else 2  # first block, and loop
+    assert kernel.loads.get(128, 0) >= tile * passes, f"logits are not read in 128 bits: {kernel}"
+    if kernel.name == "backward_kernel":
+        assert kernel.stores.get(128, 0) == tile, f"the gradient is not written in 128 bits: {kernel}"
+        assert set(kernel.stores) == {128}, f"narrow stores: {kernel}"
+    rows = kernel.constants["M"] if kernel.constants["CLASSES_MINOR"] else vector
+    words = sum(bits / 32 * n for bits, n in kernel.loads.items() if bits in (32, 64))
+    assert words <= ROW_WORDS * rows, f"narrow loads: {kernel}"
+    half = sum(n for bits, n in kernel.loads.items() if bits < 32)
+    assert half <= rows, f"loads of single half-precision elements: {kernel}"  # but the target's own logit
+
+
+def check_in_flight(kernel: Kernel) -> None:
+    """Resident programs load enough at a time to keep the memory busy."""
+    tile = kernel.constants["M"] * kernel.constants["BLOCK"] * kernel.config.dtype.itemsize
+    resident = kernel.occupancy * THREADS[TARGETS[kernel.config.target].arch] / kernel.threads
+    assert tile * resident >= IN_FLIGHT, f"{tile * resident:.0f} bytes in flight, {IN_FLIGHT} needed: {kernel}"
+
+
 # ---- What is audited ---------------------------------------------------------------------------
 
 #: One shape for each tile that the launcher chooses: rows of 1, 2, 4, ... classes, in registers; loops;
 #: splits; ragged rows; positions; positions of a small or ragged image.
 ROWS = [(2**18 // classes + 1, classes) for classes in (1, 2, 3, 8, 10, 24, 64, 96, 152, 504, 1000, 2048, 4000, 8192)]
-LONG = [(4096, 32000), (8, 128256), (4096, 50257), (8, 50257)]
-POSITIONS = [(4, 19, 1024, 1024), (2, 2, 512, 512), (2, 150, 128, 128), (8, 1000, 7, 7), (64, 19, 4, 4), (1, 3, 1, 2**15)]
+ALIGNED = [(4096, 32000), (16384, 128256), (16384, 1000), (4, 19, 1024, 1024)]
+LONG = [*ALIGNED[:2], (8, 128256), (4096, 50257), (8, 50257)]
+POSITIONS = [ALIGNED[3], (2, 2, 512, 512), (2, 150, 128, 128), (8, 1000, 7, 7), (64, 19, 4, 4), (1, 3, 1, 2**15)]
 SHAPES = [*ROWS, *LONG, *POSITIONS]
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
 
 def suite(target: str) -> list[Config]:
-    """What the tests compile: on sm_90 all tiles in the two main dtypes, plain and with everything on,
-    and every option; elsewhere the tiles that need most registers."""
+    """What the tests compile. On sm_90: all tiles in the two main dtypes, plain and with everything on, and all
+    options and dtypes where most registers are needed. Elsewhere: what needs most registers, and the aligned."""
     both = ("CE", "everything")
     heavy = [(4096, 32000), (8, 128256), (257, 8192), (4, 19, 1024, 1024)]
-    shapes = SHAPES if target == "sm_90" else heavy
-    dtypes = DTYPES[:2] if target == "sm_90" else (torch.bfloat16, torch.float32)
-    configs = [Config(target, *of) for of in itertools.product(shapes, dtypes, both)]
-    if target == "sm_90":
-        configs += [Config(target, s, torch.bfloat16, o) for s in heavy for o in OPTIONS if o not in both]
+    here = target == "sm_90"
+    configs = [Config(target, *of) for of in itertools.product(SHAPES if here else heavy, DTYPES[:2], both)]
+    if here:
+        configs += [Config(target, s, torch.bfloat16, o) for s in heavy for o in OPTIONS]
         configs += [Config(target, s, d, "everything") for s in heavy for d in DTYPES[2:]]
         configs += [Config(target, (4, 19, 1024, 1024), torch.bfloat16, "CE", channels_last=True)]
-    return configs
+    configs += [Config(target, s, d, "CE") for s in ALIGNED for d in DTYPES]
+    return list(dict.fromkeys(configs))
 
 
 def everything() -> list[Config]:
@@ -252,10 +290,74 @@ def compile_all(configs: list[Config]) -> list[Kernel]:
         return list(itertools.chain.from_iterable(pool.map(compiled, configs, chunksize=4)))
 
 
+# ---- The document -------------------------------------------------------------------------------
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "gpu-audit.md"
+H100_BANDWIDTH, EFFICIENCY = 3.35e12, 0.9
+
+
+def table(kernels: list[Kernel]) -> str:
+    lines = [
+        "| logits | dtype | loss | kernel | tile | threads | registers | resident | in flight | loads | stores |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---|---|",
+    ]
+    for k in kernels:
+        if k.name == "sum_kernel":
+            continue
+        tile = k.constants["M"] * k.constants["BLOCK"]
+        resident = int(k.occupancy * THREADS[TARGETS[k.config.target].arch])
+        in_flight = tile * k.config.dtype.itemsize * resident // k.threads
+        shape = "x".join(map(str, k.config.shape))
+        cells = (
+            shape,
+            str(k.config.dtype).removeprefix("torch."),
+            k.config.options,
+            k.stage,
+            f"{k.constants['M']} x {k.constants['BLOCK']}",
+            k.threads,
+            k.registers,
+            resident,
+            f"{in_flight / 1024:.0f} KiB",
+            _widths(k.loads),
+            _widths(k.stores),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return ", ".join(f"{n} x {bits}" for bits, n in sorted(counts.items(), reverse=True))
+
+
+def documented(target: str) -> list[Config]:
+    of = [(s, d, o) for s in [*ALIGNED, (8, 128256), (4096, 50257)] for d in DTYPES[:2] for o in ("CE", "everything")]
+    return [Config(target, *config) for config in of]
+
+
+def projection() -> str:
+    lines = ["| logits | dtype | forward | forward + backward |", "|---|---|---:|---:|"]
+    for shape, dtype in ((ALIGNED[0], DTYPES[0]), (ALIGNED[1], DTYPES[0]), (ALIGNED[3], DTYPES[1])):
+        once = torch.Size(shape).numel() * dtype.itemsize / (H100_BANDWIDTH * EFFICIENCY)
+        name = str(dtype).removeprefix("torch.")
+        lines.append(f"| {'x'.join(map(str, shape))} | {name} | {once * 1e3:.2f} ms | {3 * once * 1e3:.2f} ms |")
+    return "\n".join(lines)
+
+
+def document() -> str:
+    """The document with its generated parts made anew; its prose stands in the file."""
+    tables = [f"### {target}\n\n{table(compile_all(documented(target)))}" for target in TARGETS]
+    text = DOCUMENT.read_text()
+    for part, content in (("projection", projection()), ("tables", "\n\n".join(tables))):
+        text = re.sub(rf"(<!-- {part} -->).*(<!-- /{part} -->)", rf"\1\n\n{content}\n\n\2", text, flags=re.DOTALL)
+    return text
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true")
-    if parser.parse_args().all:
+    if not parser.parse_args().all:
+        DOCUMENT.write_text(document())
+    else:
         kernels = compile_all(everything())
         print(f"{len(kernels)} kernels, most registers {max(k.registers for k in kernels)}")
         for kernel in kernels:

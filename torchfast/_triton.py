@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,19 +30,19 @@ def interpreted() -> bool:
     return flag("TRITON_INTERPRET") and flag("TORCHFAST_DISABLE_NATIVE")
 
 
-def register(module: str, ops: Iterable[str]) -> None:
-    """Registers each function ``op`` of ``module`` as the GPU kernel of ``torchfast::op``."""
+def register(module: str, op: str) -> None:
+    """Registers the functions ``op``, ``op_backward`` and ``op_backward_`` of ``module`` as kernels for GPUs."""
     if unavailable_reason():
         return
     devices = ("cuda", "xpu", "cpu") if interpreted() else ("cuda", "xpu")
 
     @functools.cache
-    def kernel(op: str) -> Callable[..., Any]:
-        return getattr(importlib.import_module(module), op)
+    def kernel(name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), name)
 
-    for op in ops:
+    for name in (op, f"{op}_backward", f"{op}_backward_"):
 
-        def launch(*args: Any, op: str = op) -> Any:
-            return kernel(op)(*args)
+        def launch(*args: Any, name: str = name) -> Any:
+            return kernel(name)(*args)
 
-        torch.library.register_kernel(f"torchfast::{op}", devices, launch)
+        torch.library.register_kernel(f"torchfast::{name}", devices, launch)

@@ -128,5 +128,3 @@ class LabelSmoothingCrossEntropy(CrossEntropyLoss):
 
     def __init__(self, smoothing: float = 0.1, weight: Tensor | None = None, **options: Any) -> None:
         super().__init__(weight, label_smoothing=smoothing, **options)
-
-

@@ -13,7 +13,7 @@ length allow (VEC elements).
 - Backward is elementwise, given three numbers a row. It reads the logits once and writes the gradient once.
 - Options that are off cost nothing: they are compile-time constants, and absent tensors are None.
 
-Nothing here waits for the device, and nothing is added up atomically.
+Nothing is added up atomically. Tiles are chosen, and the kernels launched, in triton_launch.py.
 
 Tried: peeling ragged rows (C = 50257) to their aligned part would need every load three times in the
 code; masked 2-byte loads of neighbouring lanes still coalesce into full sectors.
@@ -21,16 +21,8 @@ code; masked 2-byte loads of neighbouring lanes still coalesce into full sectors
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from torchfast._env import flag
-from torchfast.losses.cross_entropy.reference import accumulate_dtype, check_range, class_dim, fake
 
 # ---- Functions that Triton does not have on every backend -------------------------------------
 
@@ -320,7 +312,16 @@ def forward_kernel(
                 u = tl.zeros([M], ACC) + keep
                 if wa is not None:
                     u = u * tl.load(wa + t * wa_stride, mask=live, other=0.0).to(ACC)
-                z = _load_z(logits, outer * x_outer + i * x_row + t.to(tl.int64) * x_class, live, scale, cap, SCALED, CAPPED, ACC)
+                z = _load_z(
+                    logits,
+                    outer * x_outer + i * x_row + t.to(tl.int64) * x_class,
+                    live,
+                    scale,
+                    cap,
+                    SCALED,
+                    CAPPED,
+                    ACC,
+                )
                 d = z - m
                 p, rest_p = _p_and_rest(d, rest, inverse)
                 modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL)
@@ -433,7 +434,7 @@ def backward_kernel(
     rest = tl.load(residuals + rows_wide + row, mask=in_range, other=0.0)[:, None]
     sum_u_psi = tl.load(residuals + 2 * rows_wide + row, mask=in_range, other=0.0)[:, None]
     inverse = 1 / (1 + rest)
-    log_rest = _log1p(rest) if Z or FOCAL > 0 and DENSE else rest
+    log_rest = _log1p(rest) if Z or (FOCAL > 0 and DENSE) else rest
     if not PROB:
         own = tl.zeros([M], ACC) + keep
         if DENSE and wa is not None:
@@ -470,304 +471,3 @@ def backward_kernel(
         grad = tl.where(counts[:, None], grad * upstream[:, None], 0.0)
         offsets = _offsets(outer, i, c, g_outer, g_row, g_class, VEC, CLASSES_MINOR)
         tl.store(gradient + offsets, grad.to(gradient.dtype.element_ty), mask=in_range[:, None] & in_classes[None, :])
-
-
-# ---- Launching --------------------------------------------------------------------------------
-
-
-class Tile(NamedTuple):
-    M: int
-    BLOCK: int
-    warps: int
-
-
-def elements_of_thread(itemsize: int, many_temporaries: bool) -> int:
-    """16: enough loads in flight, and with the sums of each no spill. Half where the formula needs many
-    temporaries (softcap's tanh, a focal loss over all classes), half in fp64."""
-    return 16 // (2 if many_temporaries else 1) // (2 if itemsize == 8 else 1)
-
-
-def forward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int, each: int) -> Tile:
-    """Rows up to 16 full warps stay in registers; longer ones are walked in blocks of half of that.
-
-    Along positions a thread owns vectors of positions, so that it sums over its classes alone.
-    """
-    if not classes_minor:
-        return _positions_tile(classes, inner, itemsize, each)
-    return _rows_tile(_power_of_2(classes) if classes <= 512 * each else 256 * each, inner, each)
-
-
-def backward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int, each: int) -> Tile:
-    """As in the forward; but nothing is summed over the row, so blocks can be shorter."""
-    if not classes_minor:
-        return _positions_tile(classes, inner, itemsize, each)
-    return _rows_tile(min(_power_of_2(classes), 128 * each), inner, each)
-
-
-def _rows_tile(block: int, inner: int, each: int) -> Tile:
-    rows = max(1, min(128 * each // block, _power_of_2(inner)))
-    return Tile(rows, block, max(1, rows * block // (32 * each)))
-
-
-def _positions_tile(classes: int, inner: int, itemsize: int, each: int) -> Tile:
-    positions = min(128 * 16 // itemsize, _power_of_2(inner))  # a vector for each of 4 warps' threads
-    block = min(_power_of_2(classes), max(1, 128 * each // positions))
-    return Tile(positions, block, max(1, positions * block // (32 * each)))
-
-
-def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int) -> int:
-    """Blocks of a backward program: some share what is loaded for their rows, if enough programs remain."""
-    steps = min(blocks, 4 if classes_minor else 16)
-    return steps if row_blocks * -(-blocks // steps) >= 8 * processors else 1
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132  # an H100's
-
-
-def splits_of(programs: int, blocks: int, processors: int) -> int:
-    """Over how many programs a row is split: two a processor, and none without work."""
-    splits = max(1, min(blocks, 2 * processors // programs))
-    return -(-blocks // -(-blocks // splits))
-
-
-def _merged(shape: list[int], strides: list[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]] | None:
-    """Sizes, and each tensor's strides, of the rows as (outer, inner); None if two dimensions are too few."""
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for size, stride in zip(shape, strides, strict=True):
-        if size == 1:
-            continue
-        if merged and all(a == b * size for a, b in zip(merged[-1][1], stride, strict=True)):
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    none = (1, (0,) * len(strides[0])) if strides else (1, ())
-    return [none] * (2 - len(merged)) + merged if len(merged) <= 2 else None
-
-
-class Call:
-    """What forward and backward have in common: the arguments as the kernels want them."""
-
-    def __init__(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        alpha: Tensor | None,
-        sample_weight: Tensor | None,
-        ignore_index: int,
-        reduction: int,
-        label_smoothing: float,
-        gamma: float,
-        z_loss: float,
-        softcap: float,
-        logit_scale: float,
-        empty_zero: bool,
-        inplace_backward: bool,
-        gradient: Tensor | None = None,
-    ) -> None:
-        self.acc = accumulate_dtype(logits)
-        dim = class_dim(logits)
-        self.classes = classes = logits.shape[dim]
-        self.rows = logits.numel() // classes
-        self.prob = target.is_floating_point()
-        self.device = logits.device
-        self.reduction, self.empty_zero = reduction, empty_zero
-        if not self.prob:
-            if target.dtype in (torch.uint16, torch.uint32, torch.uint64):
-                target = target.long()
-            target = target.contiguous()
-            if flag("TORCHFAST_CHECK"):
-                check_range(target, (target != ignore_index) & ((target < 0) | (target >= classes)), classes)
-        else:
-            target = self._plain(target)
-
-        wide = [logits, target if self.prob else logits, logits if gradient is None else gradient]
-        sizes = [size for d, size in enumerate(logits.shape) if d != dim]
-        merged = self._layout(wide, sizes, dim)
-        if merged is None:  # rows in more than two dimensions that do not merge
-            wide = [t.contiguous() for t in wide]
-            merged = self._layout(wide, sizes, dim)
-        assert merged is not None
-        (outer, outer_strides), (self.inner, inner_strides) = merged
-        self.outer = outer
-        class_strides = [t.stride(dim) for t in wide]
-        self.strides = list(zip(outer_strides, inner_strides, class_strides, strict=True))
-        self.logits, probabilities, self.gradient = wide
-        self.target = probabilities if self.prob else target
-
-        row, cls = inner_strides[0], class_strides[0]
-        self.classes_minor = self.inner == 1 or not 0 < row < cls
-        minor = [c if self.classes_minor else r for _, r, c in self.strides]
-        major = [s for o, r, c in self.strides for s in (o, r if self.classes_minor else c)]
-        length = classes if self.classes_minor else self.inner
-        vec = 16 // logits.element_size()
-        aligned = all(t.data_ptr() % 16 == 0 for t in wide)
-        aligned = aligned and all(s == 1 for s in minor) and all(n % vec == 0 for n in (*major, length))
-        self.vec = vec if aligned else 1
-
-        if alpha is not None and alpha.numel() == 1:
-            alpha = alpha.reshape(1).expand(classes)
-        self.weight = None if weight is None else self._plain(weight).contiguous()
-        if weight is None or alpha is None:
-            either = weight if alpha is None else alpha
-            self.wa = None if either is None else self._plain(either)
-        else:
-            self.wa = weight.to(self.acc) * alpha.to(self.acc)
-        self.wa_stride = 0 if self.wa is None else self.wa.stride(0)
-        self.sample_weight = None if sample_weight is None else self._plain(sample_weight).contiguous()
-        self.ignore_index = ignore_index
-        keep, uniform = 1.0 - label_smoothing, label_smoothing / classes
-        self.numbers = tuple(float(v) for v in (keep, uniform, gamma, z_loss, softcap or 1.0, logit_scale))
-        self.dense = self.prob or uniform != 0
-        each = elements_of_thread(logits.element_size(), softcap != 0 or (self.dense and gamma != 0))
-        self.sizes = (classes, self.inner, self.classes_minor, logits.element_size(), each)
-        self.flags = {
-            "PROB": self.prob,
-            "DENSE": self.dense,
-            "FOCAL": 2 if gamma == 2 else int(gamma != 0),
-            "Z": z_loss != 0,
-            "CAPPED": softcap != 0,
-            "SCALED": logit_scale != 1,
-            "VEC": self.vec,
-            "CLASSES_MINOR": self.classes_minor,
-        }
-
-    def _plain(self, t: Tensor) -> Tensor:
-        """fp8 is widened: what the kernels compute in is read anyway."""
-        return t if t.element_size() > 1 else t.to(self.acc)
-
-    @staticmethod
-    def _layout(wide: list[Tensor], sizes: list[int], dim: int) -> list[tuple[int, tuple[int, ...]]] | None:
-        strides = [tuple(t.stride(d) for t in wide) for d in range(wide[0].dim()) if d != dim]
-        if not strides:
-            return [(1, (0,) * len(wide))] * 2
-        return _merged(sizes, strides)
-
-    def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(self.device.type)
-        return contextlib.nullcontext() if module is None else module.device(self.device)
-
-
-def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    call = Call(logits, target, *options)
-    reduce = call.reduction != 0
-    loss, residuals = fake(logits, target, *options)
-    tile = forward_tile(*call.sizes)
-    blocks = -(-call.classes // tile.BLOCK)
-    programs = call.outer * -(-call.inner // tile.M) if call.rows else 0
-    sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if reduce else loss
-    splits = splits_of(programs, blocks, _processors(call.device)) if programs else 1
-
-    def launch(stage: tl.constexpr, partials: Tensor | None) -> None:
-        forward_kernel[(programs * splits if stage in (SCAN, SUM) else programs,)](
-            call.logits,
-            call.target,
-            call.weight,
-            call.wa,
-            call.sample_weight,
-            sums,
-            residuals,
-            partials,
-            call.rows,
-            call.inner,
-            call.classes,
-            splits,
-            *call.strides[0],
-            *call.strides[1],
-            call.wa_stride,
-            call.ignore_index,
-            *call.numbers,
-            **call.flags,
-            REDUCE=reduce,
-            STAGE=stage.value,
-            M=tile.M,
-            BLOCK=tile.BLOCK,
-            SPLITS=_power_of_2(splits),
-            ONE_BLOCK=blocks == 1,
-            num_warps=tile.warps,
-        )
-
-    with call.on_device():
-        if programs and splits == 1:
-            launch(WHOLE, None)
-        elif programs:
-            partials = torch.empty(5 * splits * call.rows, dtype=call.acc, device=call.device)
-            launch(SCAN, partials)
-            if call.dense and call.flags["FOCAL"]:
-                launch(SUM, partials)
-            launch(FINISH, partials)
-        elif not reduce:
-            residuals.fill_(1.0)
-        if reduce:
-            _add_up(sums, programs, loss, residuals, call)
-    return loss, residuals
-
-
-def _add_up(sums: Tensor, n: int, loss: Tensor, residuals: Tensor, call: Call) -> None:
-    block = 1024
-    while True:
-        programs = max(1, -(-n // (8 * block)))
-        last = programs == 1
-        out = loss if last else sums.new_empty(2 * programs)
-        flags = {"MEAN": call.reduction == 1, "EMPTY_ZERO": call.empty_zero, "LAST": last}
-        sum_kernel[(programs,)](sums, out, residuals, n, call.rows, **flags, BLOCK=block, num_warps=4)
-        if last:
-            return
-        sums, n = out, programs
-
-
-def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out: Tensor) -> None:
-    *options, residuals = rest
-    if not logits.numel():
-        return
-    call = Call(logits, target, *options, gradient=out)
-    tile = backward_tile(*call.sizes)
-    row_blocks = call.outer * -(-call.inner // tile.M)
-    blocks = -(-call.classes // tile.BLOCK)
-    steps = steps_of(call.classes_minor, row_blocks, blocks, _processors(call.device))
-    if any(grad_loss.stride()):
-        grad_loss = grad_loss.contiguous()
-    with call.on_device():
-        backward_kernel[(row_blocks * -(-blocks // steps),)](
-            grad_loss,
-            call.logits,
-            call.target,
-            call.wa,
-            call.sample_weight,
-            residuals,
-            call.gradient,
-            call.rows,
-            call.inner,
-            call.classes,
-            steps,
-            int(any(grad_loss.stride())),
-            *call.strides[0],
-            *call.strides[1],
-            *call.strides[2],
-            call.wa_stride,
-            call.ignore_index,
-            *call.numbers,
-            **call.flags,
-            M=tile.M,
-            BLOCK=tile.BLOCK,
-            num_warps=tile.warps,
-        )
-    if call.gradient is not out:
-        out.copy_(call.gradient)
-
-
-def cross_entropy_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
-    gradient = torch.empty_like(logits)
-    _backward(grad_loss, logits, target, *rest, out=gradient)
-    return gradient
-
-
-def cross_entropy_backward_(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> None:
-    _backward(grad_loss, logits, target, *rest, out=logits)

@@ -1,0 +1,261 @@
+"""Users trust a GPU that we never saw because of selftest: it must pass right kernels and fail wrong ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchfast import selftest
+from torchfast._register import Sample, registry
+from torchfast.losses.cross_entropy.reference import reference, reference_backward
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    """As a user runs it, with the kernels under test: their environment variables are inherited."""
+    command = [sys.executable, "-m", "torchfast.selftest", *options]
+    return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str], device: str) -> Callable[[], tuple[int, dict[str, Any]]]:
+    """Runs it in this process, on cross_entropy alone: exit code, and row by dtype."""
+
+    def run_here() -> tuple[int, dict[str, Any]]:
+        code = selftest.main(["--json", "--device", device])
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        return code, {row["dtype"]: row for row in rows if row["op"] == "cross_entropy"}
+
+    return run_here
+
+
+@contextlib.contextmanager
+def planted(
+    device: str,
+    forward: Callable[..., Any] = reference,
+    backward: Callable[..., Any] = reference_backward,
+    backward_: Callable[..., Any] = lambda grad, x, *rest: x.copy_(reference_backward(grad, x, *rest)),
+) -> Iterator[None]:
+    """These kernels in place of those of cross_entropy. The defaults are right."""
+
+    def without_output(*args: Any) -> None:
+        backward_(*args)
+
+    kernels = {"": forward, "_backward": backward, "_backward_": without_output}
+    with torch.library._scoped_library("torchfast", "IMPL") as library:
+        for suffix, kernel in kernels.items():
+            library.impl(f"cross_entropy{suffix}", kernel, torch.device(device).type.upper(), allow_override=True)
+        yield
+
+
+def with_loss(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A forward kernel that is wrong about the loss alone."""
+
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        loss, *residuals = reference(*inputs)
+        return change(loss), *residuals
+
+    return forward
+
+
+def with_gradient(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda *inputs: change(reference_backward(*inputs))
+
+
+def without_last_class(gradient: Tensor) -> Tensor:
+    """What a mask that is one short leaves behind."""
+    gradient = gradient.clone()
+    gradient.select(min(1, gradient.dim() - 1), -1).zero_()
+    return gradient
+
+
+# ---- Right kernels ---------------------------------------------------------------------------
+
+
+def test_the_kernels_of_this_machine_pass_for_every_op_device_and_dtype(kernel: str, device: str) -> None:
+    result = run()
+    assert result.returncode == 0, result.stdout + result.stderr
+    *_, header, rows = result.stdout.partition("verdict\n")
+    assert header
+    found = {(op, on, dtype): (of, verdict) for op, on, of, dtype, *_, verdict in map(str.split, rows.splitlines())}
+    assert found.keys() == {
+        (op, on, dtype) for op in registry for on in selftest.available_devices() for dtype in DTYPES
+    }
+    assert {verdict for _, verdict in found.values()} == {"ok"}
+    assert {of for (_, on, _), (of, _) in found.items() if on == device} == {kernel}
+
+
+def test_json_holds_every_row_of_the_wanted_device(kernel: str, device: str) -> None:
+    result = run("--json", "--device", device)
+    assert result.returncode == 0, result.stdout + result.stderr
+    content = json.loads(result.stdout)
+    assert content["passed"] is True
+    assert [(row["op"], row["dtype"]) for row in content["rows"]] == [
+        (op, dtype) for op in registry for dtype in DTYPES
+    ]
+    for row in content["rows"]:
+        assert (row["device"], row["kernel"], row["failures"]) == (device, kernel, [])
+        assert row["samples"] == len(list(registry[row["op"]].sample_inputs())) and 0 < row["max_error"] < 1
+
+
+def test_planted_kernels_that_are_right_pass(report: Any, device: str) -> None:
+    """So what the tests below fail for is what is wrong with their kernels."""
+    with planted(device):
+        code, rows = report()
+    assert code == 0 and rows.keys() == set(DTYPES)
+
+
+def test_no_kernel_of_the_device_enters_the_truth(device: str) -> None:
+    def unreachable(*_: Any) -> Any:
+        raise AssertionError("a kernel under test was asked for the truth")
+
+    op = registry["cross_entropy"]
+    for sample in op.sample_inputs(device, torch.bfloat16):
+        with planted("cpu", unreachable, unreachable, unreachable):
+            for tensor in selftest._truth(op, sample):
+                assert (tensor.device.type, tensor.dtype) == ("cpu", torch.float64)
+
+
+# ---- Wrong kernels ---------------------------------------------------------------------------
+
+WRONG = {
+    "loss of the wrong sign": ("loss", {"forward": with_loss(torch.neg)}),
+    "loss off by 1e-4": ("loss", {"forward": with_loss(lambda loss: loss * 1.0001)}),
+    "NaN loss": ("loss", {"forward": with_loss(lambda loss: loss * torch.nan)}),
+    "infinite loss": ("loss", {"forward": with_loss(lambda loss: loss / 0)}),
+    "loss in half precision": ("loss", {"forward": with_loss(lambda loss: loss.to(torch.bfloat16))}),
+    "loss of the wrong shape": ("loss", {"forward": with_loss(lambda loss: loss[None])}),
+    "gradient of the wrong sign": ("gradient", {"backward": with_gradient(torch.neg)}),
+    "gradient off by 2%": ("gradient", {"backward": with_gradient(lambda gradient: gradient * 1.02)}),
+    "NaN gradient": ("gradient", {"backward": with_gradient(lambda gradient: gradient * torch.nan)}),
+    "gradient of one class missing": ("gradient", {"backward": with_gradient(without_last_class)}),
+    "gradient of an even upstream": (
+        "gradient",
+        {"backward": lambda grad, *rest: reference_backward(grad.mean().expand_as(grad), *rest)},
+    ),
+    "gradient in place not written": ("gradient in place", {"backward_": lambda *_: None}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_kernel_fails_in_every_dtype_and_is_named(wrong: str, report: Any, device: str) -> None:
+    output, kernels = WRONG[wrong]
+    with planted(device, **kernels):
+        code, rows = report()
+    assert code == 1
+    for dtype in DTYPES:
+        assert rows[dtype]["failures"], f"{dtype} passed"
+        assert {failure.split(": ")[1].split("[")[0].split(" is ")[0] for failure in rows[dtype]["failures"]} == {
+            output
+        }
+        assert rows[dtype]["max_error"] is None or rows[dtype]["max_error"] > 1
+
+
+def test_the_table_says_which_row_failed_and_how(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    with planted(device, forward=with_loss(torch.neg)):
+        assert selftest.main(["--device", device]) == 1
+    table, *details = capsys.readouterr().out.split("\n\n")
+    rows = [line.split() for line in table.splitlines() if line.startswith("cross_entropy")]
+    assert [(row[3], row[-1]) for row in rows] == [(dtype, "FAIL") for dtype in DTYPES]
+    assert details[0].startswith(f"cross_entropy, {device}, float16: ")
+    assert "sample 0: loss is -" in details[0] and "--json shows all" in details[0]
+    assert details[-1].startswith("4 of ")
+
+
+def test_an_exception_fails_its_row_and_the_others_still_run(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    def forward(logits: Tensor, *rest: Any) -> Any:
+        if logits.dtype == torch.bfloat16:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return reference(logits, *rest)
+
+    with planted(device, forward=forward):
+        assert selftest.main(["--device", device]) == 1
+    output = capsys.readouterr().out
+    rows = [line.split() for line in output.splitlines() if line.startswith("cross_entropy ")]
+    assert {row[3]: row[-1] for row in rows} == {dtype: "FAIL" if dtype == "bfloat16" else "ok" for dtype in DTYPES}
+    assert "sample 0: RuntimeError: CUDA error: an illegal memory access was encountered" in output
+
+
+# ---- Samples ---------------------------------------------------------------------------------
+
+
+def sampled(monkeypatch: pytest.MonkeyPatch, sample_inputs: Callable[..., Any]) -> None:
+    op = dataclasses.replace(registry["cross_entropy"], sample_inputs=sample_inputs)
+    monkeypatch.setitem(registry, "cross_entropy", op)
+
+
+def one_bad_row(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    """A row whose loss is NaN."""
+    x = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [0.0, -1.0]], dtype=dtype, device=device)
+    yield Sample((x, torch.tensor([0, 1, 1], device=device)), {"reduction": "none"})
+
+
+@pytest.mark.parametrize(
+    "forward, verdict",
+    [
+        (reference, []),
+        (with_loss(torch.nan_to_num), ["sample 0: loss[1] is 0, should be nan; 1 of 3 wrong"]),
+        (with_loss(lambda loss: loss * torch.nan), ["sample 0: loss[0] is nan, should be 1.313262; 2 of 3 wrong"]),
+    ],
+    ids=["where the truth has it", "missing", "spread"],
+)
+def test_nan_must_be_where_the_truth_has_it(
+    forward: Any, verdict: list[str], report: Any, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    sampled(monkeypatch, one_bad_row)
+    with planted(device, forward=forward):
+        code, rows = report()
+    assert code == bool(verdict) and rows["float64"]["failures"] == verdict
+
+
+@pytest.mark.parametrize("error, message", [(None, "nothing was checked"), (MemoryError("no memory"), "MemoryError")])
+def test_samples_that_cannot_be_made_are_a_failure(
+    error: Any, message: str, report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any) -> Iterator[Sample]:
+        if error:
+            raise error
+        yield from ()
+
+    sampled(monkeypatch, nothing)
+    code, rows = report()
+    assert code == 1 and all(message in rows[dtype]["failures"][0] for dtype in DTYPES)
+
+
+# ---- Roundings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_one_rounding_passes_and_many_do_not(dtype: torch.dtype) -> None:
+    truth = torch.linspace(-8, 8, 1000, dtype=torch.float64)
+    many = (3 if dtype in selftest.HALF else 100) * torch.finfo(dtype).eps
+    assert selftest.errors(truth.to(dtype), truth).max() <= 0.5
+    assert selftest.errors((truth * (1 + many)).to(dtype), truth).max() > 1
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_zeros_do_not_pass_for_the_small_gradient_of_a_mean(dtype: torch.dtype) -> None:
+    truth = torch.full((1000, 1000), 1e-6, dtype=torch.float64)
+    assert selftest.errors(torch.zeros(1000, 1000, dtype=dtype), truth).min() > 1
+    assert selftest.errors(truth.to(dtype), truth).max() <= 0.5
+    cancelled = torch.full((1000, 1000), 1e-20, dtype=torch.float64)
+    assert selftest.errors(torch.zeros(1000, 1000, dtype=dtype), cancelled).max() < 1
+
+
+def test_a_device_that_torch_does_not_see_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("meta", "nonsense"):
+        with pytest.raises(SystemExit) as exit:
+            selftest.main(["--device", name])
+        assert exit.value.code == 2
+        assert f"here, not '{name}'" in capsys.readouterr().err

@@ -1,0 +1,250 @@
+"""Checks the kernels that are active on this machine: ``python -m torchfast.selftest [--device cuda] [--json]``.
+
+Every op runs on each of its sample inputs, on every device that torch sees and in every dtype: the loss, its
+gradient, and the gradient written over the input. The truth is the op's plain PyTorch reference, differentiated
+by autograd, in fp64 on the CPU, from the same inputs.
+
+An error is given as a multiple of what rounding explains: 64 roundings of the largest value of its tensor, in the
+dtype that sums are computed in, and for a half-precision value one rounding of its own. So above 1 a kernel is wrong.
+NaN or inf where the truth has none, the converse, a wrong shape or dtype, and an exception are failures too.
+
+Exits 1 if anything failed. On a GPU the first run compiles the kernels, which takes most of its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import torchfast
+from torchfast._register import Op, Sample, registry
+from torchfast.info import _guard, _kernel
+
+ROUNDINGS = 64
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+SHOWN = 5  # failures of a row that the table shows
+
+
+# ---- One sample: its loss and gradient, by the kernels and by the reference ------------------
+
+
+def _upstream(loss: Tensor) -> Tensor:
+    """Uneven, so that a gradient of another row shows."""
+    return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
+
+
+def _active(op: Op, sample: Sample, inplace: bool) -> tuple[Tensor, Tensor]:
+    """By the kernels that the dispatcher holds for the sample's device."""
+    leaf = sample.args[0].detach().requires_grad_()
+    x = leaf.clone() if inplace else leaf
+    loss = op.function(x, *sample.args[1:], **{**sample.kwargs, "inplace_backward": inplace})
+    (gradient,) = torch.autograd.grad(loss, leaf, _upstream(loss))
+    return loss.detach().cpu(), gradient.cpu()
+
+
+def _truth(op: Op, sample: Sample) -> tuple[Tensor, Tensor]:
+    """By the reference, which serves the public function inside of ``torch.func``."""
+
+    def wide(t: Tensor) -> Tensor:
+        return t.cpu().double() if t.is_floating_point() else t.cpu()
+
+    args, kwargs = tree_map_only(Tensor, wide, (sample.args, sample.kwargs))
+
+    def total(x: Tensor) -> tuple[Tensor, Tensor]:
+        loss = op.function(x, *args[1:], **kwargs)
+        return (loss * _upstream(loss)).sum(), loss
+
+    gradient, loss = torch.func.grad(total, has_aux=True)(args[0])
+    return loss, gradient
+
+
+# ---- Their difference ------------------------------------------------------------------------
+
+
+def errors(actual: Tensor, truth: Tensor) -> Tensor:
+    """Of each element, as a multiple of what rounding explains: above 1 is wrong.
+
+    Example:
+        >>> import torch
+        >>> from torchfast.selftest import errors
+        >>> truth = torch.tensor([1.0, 4.0, torch.nan], dtype=torch.float64)
+        >>> errors(torch.tensor([1.0, 4.00001, torch.nan]), truth) < 1
+        tensor([True, True, True])
+        >>> errors(torch.tensor([1.0, 4.0, 0.0]), truth)
+        tensor([0., 0., inf], dtype=torch.float64)
+    """
+    if not truth.numel():
+        return truth
+    accumulated = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    # At least 1/n, one term of a mean: where all values are nearly 0, what they are computed from is not. A floor
+    # of 1, above the whole gradient of a mean over many elements, would let zeros pass for it.
+    largest = max(truth.nan_to_num(0, 0, 0).abs().max().item(), 1 / truth.numel())
+    allowed = torch.full_like(truth, ROUNDINGS * torch.finfo(accumulated).eps * largest)
+    if actual.dtype in HALF:
+        own = torch.finfo(actual.dtype)
+        allowed += own.eps * (truth.abs() + own.smallest_normal)
+    same = (actual == truth) | (actual.isnan() & truth.isnan())
+    return torch.where(same, 0.0, (actual - truth).abs() / allowed).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _compare(name: str, actual: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[float, str | None]:
+    """The largest error, and what is wrong."""
+    if (actual.shape, actual.dtype) != (truth.shape, dtype):
+        given = f"{name} is {actual.dtype} of shape {tuple(actual.shape)}"
+        return torch.inf, f"{given}, should be {dtype} of shape {tuple(truth.shape)}"
+    if not truth.numel():
+        return 0.0, None
+    error = errors(actual, truth)
+    wrong, largest = int((error > 1).sum()), error.max().item()
+    if not wrong:
+        return largest, None
+    worst = tuple((error == largest).nonzero()[0].tolist())
+    values = f"{actual[worst].item():.7g}, should be {truth[worst].item():.7g}"
+    return largest, f"{name}{[*worst] or ''} is {values}; {wrong} of {error.numel()} wrong"
+
+
+def _comparisons(op: Op, sample: Sample) -> Iterator[tuple[float, str | None]]:
+    dtype = sample.args[0].dtype
+    true_loss, true_gradient = _truth(op, sample)
+    loss, gradient = _active(op, sample, inplace=False)
+    yield _compare("loss", loss, true_loss, torch.float32 if dtype in HALF else dtype)
+    yield _compare("gradient", gradient, true_gradient, dtype)
+    _, gradient = _active(op, sample, inplace=True)
+    yield _compare("gradient in place", gradient, true_gradient, dtype)
+
+
+# ---- One row of the table: all samples of an op ----------------------------------------------
+
+
+@dataclass
+class Row:
+    """What one op gave on one device in one dtype."""
+
+    op: str
+    device: str
+    kernel: str
+    dtype: str
+    samples: int = 0
+    max_error: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    def fail(self, what: str, error: Exception) -> None:
+        self.max_error = math.inf
+        self.failures.append(f"{what}: {type(error).__name__}: {error}")
+
+
+def check(op: Op, device: str, dtype: torch.dtype) -> Row:
+    """Compares every sample of an op with the truth. What a sample raises is a failure of that sample.
+
+    Example:
+        >>> import torch
+        >>> from torchfast.selftest import check, registry
+        >>> row = check(registry["cross_entropy"], "cpu", torch.float32)
+        >>> row.max_error < 1, row.failures
+        (True, [])
+    """
+    key = torch.device(device).type.upper()
+    row = Row(op.name, device, _kernel(op.name, key), str(dtype).removeprefix("torch."))
+    try:
+        samples = list(op.sample_inputs(device, dtype))
+        if not samples:
+            raise ValueError("there are none, so nothing was checked")
+    except Exception as error:
+        row.fail("sample inputs", error)
+        return row
+    for sample in samples:
+        try:
+            for largest, failure in _comparisons(op, sample):
+                row.max_error = max(row.max_error, largest)
+                if failure:
+                    row.failures.append(f"sample {row.samples}: {failure}")
+        except Exception as error:
+            row.fail(f"sample {row.samples}", error)
+        row.samples += 1
+    return row
+
+
+# ---- The table -------------------------------------------------------------------------------
+
+
+def available_devices() -> list[str]:
+    """What torch sees here.
+
+    Example:
+        >>> from torchfast.selftest import available_devices
+        >>> available_devices()[0]
+        'cpu'
+    """
+    return ["cpu", *(name for name in ("cuda", "xpu") if _guard(getattr(torch, name).is_available) is True)]
+
+
+def _device(name: str) -> str:
+    try:
+        known = torch.device(name).type in available_devices()
+    except RuntimeError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"torch sees {', '.join(available_devices())} here, not {name!r}")
+    return name
+
+
+def _dtypes(device: str) -> tuple[torch.dtype, ...]:
+    """Some of Intel's GPUs have no fp64."""
+    if torch.device(device).type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return DTYPES[:-1]
+    return DTYPES
+
+
+def _print_table(rows: Iterator[Row]) -> Iterator[Row]:
+    """Passes the rows on, each printed as soon as it is there: compiling for a GPU takes a while."""
+    width = max(map(len, ("op", *registry)))
+    print(f"torchfast {torchfast.__version__}, torch {torch.__version__}, python {platform.python_version()}")
+    print("max error: the largest difference from fp64, as a multiple of what rounding explains; above 1 fails")
+    print(f"{'op':{width}}  device  kernel     dtype     samples  max error  verdict")
+    for row in rows:
+        verdict = "FAIL" if row.failures else "ok"
+        print(
+            f"{row.op:{width}}  {row.device:6}  {row.kernel:9}  {row.dtype:8}  {row.samples:7}  "
+            f"{row.max_error:9.3g}  {verdict}",
+            flush=True,
+        )
+        yield row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchfast.selftest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", type=_device, action="append", help="check only this one; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    devices = options.device or available_devices()
+    found = (check(op, device, dtype) for device in devices for op in registry.values() for dtype in _dtypes(device))
+    rows = list(found if options.json else _print_table(found))
+    failed = [row for row in rows if row.failures]
+    if options.json:
+        finite = [asdict(row) | {"max_error": row.max_error if math.isfinite(row.max_error) else None} for row in rows]
+        print(json.dumps({"passed": not failed, "rows": finite}, indent=2))
+        return bool(failed)
+    for row in failed:
+        print(f"\n{row.op}, {row.device}, {row.dtype}: {len(row.failures)} failures")
+        print(*(f"  {failure}" for failure in row.failures[:SHOWN]), sep="\n")
+        if len(row.failures) > SHOWN:
+            print(f"  and {len(row.failures) - SHOWN} more: --json shows all")
+    if failed:
+        print(f"\n{len(failed)} of {len(rows)} rows failed")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
