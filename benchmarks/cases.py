@@ -2,11 +2,14 @@
 
 The inputs' first tensor is the one differentiated. A contender takes the inputs and returns the
 tensor to differentiate; one that needs no gradient is timed forward only. ``run.py`` adds
-torch.compile of "eager" and the floors (copy, clone) to every case.
+torch.compile of "eager" and the floors (copy, clone) to every case. ``cases()`` are the CPU's,
+``gpu_cases()`` the GPU's, set up on the device: some would not fit in the host's memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from torch import Tensor
 import torchfast
 
 Inputs = tuple[Tensor, ...]
+Step = Callable[..., Tensor]
 
 
 class Aims(NamedTuple):
@@ -38,6 +42,12 @@ class Truth(NamedTuple):
     pick: Callable[[Tensor], Tensor]
     """The part of a contender's gradient that ``gradient`` is the truth of."""
 
+    def errors(self, loss: Tensor, gradient: Tensor) -> tuple[float, float]:
+        """Of the loss, relative; of the gradient, relative to its largest element."""
+        difference = self.pick(gradient).double() - self.gradient
+        # abs() of a NaN is not <= any tolerance, so NaN and inf fail as they should.
+        return abs(loss.item() / self.loss - 1), (difference.abs().max() / self.gradient.abs().max()).item()
+
 
 @dataclass(frozen=True)
 class Case:
@@ -46,7 +56,7 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype
     setup: Callable[[str], Inputs]
-    contenders: dict[str, Callable[..., Tensor]]
+    contenders: dict[str, Step]
     truth: Callable[..., Truth]
     aims: Aims
 
@@ -56,6 +66,33 @@ class Case:
 
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+#: torchfast's error <= 2 x eager's own error at that dtype + this; relative to the largest truth.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+#: Peers only have to be the right formula: torch.compile adds 100k rows up with errors near 1e-4.
+PEER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+FLOORS = ("copy_", "clone")
+
+
+def timings(name: str) -> tuple[str, ...]:
+    return ("floor",) if name in FLOORS else ("fwd", "fwd+bwd")
+
+
+def failure(problem: Exception) -> str:
+    """A failing contender is a result, not the end of the run."""
+    return f"failed: {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"[:300]
+
+
+def private(name: str, inputs: Inputs) -> Inputs:
+    """Liger-Kernel writes its gradient over the logits: it gets a copy, made outside the clock.
+
+    From its second call on it reads what it has written, which takes it the same time: nothing it
+    does depends on the values. Whoever needs the logits afterwards pays for a copy that is not
+    counted here.
+    """
+    return (inputs[0].detach().clone().requires_grad_(), *inputs[1:]) if name == "liger" else inputs
 
 
 # ---- Softmax losses --------------------------------------------------------------------------
@@ -81,17 +118,17 @@ def softmax_inputs(
 ) -> Inputs:
     """Logits of a half-trained model: the right class is raised by 0 to 12, so p covers (0, 1)."""
     rows, classes = (shape[0], *shape[2:]), shape[1]
-    target = torch.randint(classes, rows)
-    logits = 2 * torch.randn(shape)
-    logits.scatter_add_(1, target.unsqueeze(1), 12 * torch.rand(rows).unsqueeze(1))
-    target[torch.rand(rows) < ignored] = -100
+    target = torch.randint(classes, rows, device=device)
+    logits = torch.randn(shape, device=device).mul_(2)
+    logits.scatter_add_(1, target.unsqueeze(1), 12 * torch.rand(rows, device=device).unsqueeze(1))
+    target.masked_fill_(torch.rand(rows, device=device) < ignored, -100)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    logits = logits.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
-    weight = (torch.rand(classes) + 0.5).to(device, dtype) if loss.weighted else None
-    return logits, target.to(device), weight
+    logits = logits.to(dtype).contiguous(memory_format=layout).requires_grad_()
+    weight = (torch.rand(classes, device=device) + 0.5).to(dtype) if loss.weighted else None
+    return logits, target, weight
 
 
-def softmax_contenders(loss: Loss) -> dict[str, Callable[..., Tensor]]:
+def softmax_contenders(loss: Loss) -> dict[str, Step]:
     e, gamma, alpha = loss.label_smoothing, loss.gamma, loss.alpha
 
     def fast(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -112,6 +149,19 @@ def softmax_contenders(loss: Loss) -> dict[str, Callable[..., Tensor]]:
         return alpha * row.sum() / weight[target].sum()
 
     return {"torchfast": fast, "eager": eager_focal if gamma else eager}
+
+
+def liger_contender(loss: Loss, shape: tuple[int, ...]) -> dict[str, Step]:
+    """Liger-Kernel takes (N, C), and has no focal loss. Its forward computes the gradient."""
+    if loss.gamma or len(shape) != 2 or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+
+    def liger(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        return liger_cross_entropy(logits, target, weight, label_smoothing=loss.label_smoothing)
+
+    return {"liger": liger}
 
 
 def softmax_truth(loss: Loss, logits: Tensor, target: Tensor, weight: Tensor | None) -> Truth:
@@ -192,3 +242,26 @@ def cases() -> Iterator[Case]:
         yield softmax_case("tiny", FOCAL, shape, aims=Aims(eager=2))
     for doubling in range(7):
         yield softmax_case("scaling", CE_LS, (512 * 2**doubling, 1000))
+
+
+def gpu_cases() -> Iterator[Case]:
+    def all_losses(family: str, shape: tuple[int, ...], dtype: torch.dtype, **options: bool) -> Iterator[Case]:
+        for loss in LOSSES:
+            case = softmax_case(family, loss, shape, dtype, **options)
+            yield dataclasses.replace(case, contenders=case.contenders | liger_contender(loss, shape))
+
+    both = torch.bfloat16, torch.float32
+    for shape, dtypes in {
+        (4096, 32000): both,
+        (16384, 128256): both[:1],
+        (8192, 50257): both[:1],
+        (16384, 1000): both,
+    }.items():
+        for dtype in dtypes:
+            yield from all_losses("large", shape, dtype)
+    for family, shape in ("few rows", (8, 128256)), ("small classes", (1_000_000, 10)):
+        for dtype in both:
+            yield from all_losses(family, shape, dtype)
+    for dtype in both:
+        for channels_last in False, True:
+            yield from all_losses("segmentation", (4, 19, 1024, 1024), dtype, channels_last=channels_last)

@@ -21,8 +21,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-COLORS = {"torchfast": "#d1495b", "torch.compile": "#66a182", "eager": "#8d96a3", "clone": "#2e4057"}
-BARS = ("torchfast", "torch.compile", "eager")
+COLORS = {
+    "torchfast": "#d1495b",
+    "torch.compile": "#66a182",
+    "liger": "#edae49",
+    "eager": "#8d96a3",
+    "clone": "#2e4057",
+}
+BARS = ("torchfast", "torch.compile", "liger", "eager")
 
 Row = dict[str, str]
 
@@ -47,7 +53,9 @@ def short(value: float) -> str:
 def origin(row: Row) -> str:
     """What the figures depend on, small print below the picture."""
     kernels = "native kernels" if row["native"] == "True" else "the slow reference, no native kernels"
-    where = row["cpu"] if row["device"] == "cpu" else row["device"]
+    where = row["cpu"]
+    if row["device"] != "cpu":
+        kernels, where = "Triton kernels", row["device"]
     commit = row["commit"] + "+" * (row["dirty"] == "True")
     return (
         f"torchfast {row['torchfast']} ({commit}, {kernels}), torch {row['torch']}, "

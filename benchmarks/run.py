@@ -3,6 +3,8 @@
     python benchmarks/run.py                 everything, about ten minutes
     python benchmarks/run.py --quick         the small shapes, about a minute
     python benchmarks/run.py --only 'large/CE/.*bf16'
+    python benchmarks/run.py --device cuda   the GPU's cases, about half an hour; see gpu.py
+    python benchmarks/run.py --dry-run       the same without a GPU: launches, bytes, floors; no clock
 
 How: every contender's loss and gradient are compared with an fp64 truth before it is timed; the
 contenders take turns (A B C A B C ...), so that a noisy neighbour slows all of them; the figure is
@@ -26,18 +28,34 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from cases import DTYPES, Aims, Case, Inputs, Truth, cases
+from cases import (
+    DTYPES,
+    PEER_TOLERANCE,
+    TOLERANCE,
+    Aims,
+    Case,
+    Inputs,
+    Step,
+    Truth,
+    cases,
+    failure,
+    gpu_cases,
+    private,
+    timings,
+)
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import torchfast
-from torchfast import _native
+from torchfast import _native, _triton
+from torchfast._env import flag
+
+if TYPE_CHECKING:
+    from gpu import Gpu
 
 HERE = Path(__file__).resolve().parent
 CONTENDERS = ("torchfast", "eager", "torch.compile")
@@ -46,107 +64,116 @@ COLUMNS = """
     what calls p20_ms p50_ms p80_ms peak_bytes ratio_to_clone loss_error grad_error note
 """.split()
 
-#: torchfast's error <= 2 x eager's own error at that dtype + this; relative to the largest truth.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-#: Peers only have to be the right formula: torch.compile adds 100k rows up with errors near 1e-4.
-PEER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-
-ROTATED_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # several times the L2 caches
-MAX_ROTATED = 16  # tiny inputs stay in the cache, as those a model has just written
 SLOT_SECONDS = 1e-3  # a contender's turn: so many calls as fit, at least one
 MAX_ROUNDS = 200
 LARGE_ENOUGH_TO_WEIGH = 8 << 20  # bytes; the kernel counts resident pages in batches of 100s of KB
-QUICK_ELEMENTS = 3 << 20
+QUICK_ELEMENTS = {"cpu": 3 << 20, "cuda": 20_000_000}
 
 Row = dict[str, Any]
-Step = Callable[..., Tensor]
+Samples = dict[str, dict[str, list[float] | str]]
+"""By contender and by what was timed: seconds, or why there are none."""
 
 
-# ---- One call: the clock and the memory. Everything that depends on the device is here --------
+# ---- The CPU: its clock and its memory. The GPU's are in gpu.py, and have the same methods --------
 
 
-def mark(device: str) -> Any:
-    if device == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+class Cpu:
+    device = name = "cpu"
+    rotated_bytes = 32 << 20  # several times the L2 caches
+    max_rotated = 16  # tiny inputs stay in the cache, as those a model has just written
+    unable: tuple[str, ...] = ()
+    """Contenders that cannot run here."""
 
+    def truth(self, case: Case, inputs: Inputs) -> Truth:
+        return case.truth(*inputs)
 
-def seconds(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    def remark(self, case: Case) -> str:
+        return ""
 
+    def peak_memory(self, step: Step, inputs: Inputs) -> tuple[int, int] | tuple[None, None]:
+        """Extra bytes at the worst moment until the loss, and until the gradient (which counts).
 
-def call(step: Step, inputs: Inputs, device: str) -> tuple[float, float]:
-    """Seconds until the loss, and until the gradient."""
-    start = mark(device)
-    result = step(*inputs)
-    middle = mark(device)
-    if result.requires_grad:
-        result.backward()
-    end = mark(device)
-    inputs[0].grad = None
-    return seconds(start, middle), seconds(start, end)
-
-
-def peak_memory(step: Step, inputs: Inputs, device: str) -> tuple[int, int] | tuple[None, None]:
-    """Extra bytes at the worst moment until the loss, and until the gradient (which counts).
-
-    On the CPU the kernel's own high-water mark of resident memory (VmHWM), which counts every
-    allocator and every thread. Writing 5 to clear_refs resets it (Linux), so no process has to be
-    forked: forking a process whose OpenMP threads have started is not safe. Free memory the C
-    library holds is returned first, otherwise it would be reused without being seen.
-    """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    else:
+        The kernel's own high-water mark of resident memory (VmHWM), which counts every allocator and
+        every thread. Writing 5 to clear_refs resets it (Linux), so no process has to be forked:
+        forking a process whose OpenMP threads have started is not safe. Free memory the C library
+        holds is returned first, otherwise it would be reused without being seen.
+        """
+        if inputs[0].nbytes < LARGE_ENOUGH_TO_WEIGH:
+            return None, None
+        gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         except (OSError, AttributeError):  # not Linux, not glibc, or not allowed
             return None, None
-        before, peak = _resident("VmRSS"), lambda: _resident("VmHWM")
+        before = _resident("VmRSS")
+        result = step(*inputs)
+        until_loss = _resident("VmHWM") - before
+        if result.requires_grad:
+            result.backward()
+        until_gradient = _resident("VmHWM") - before
+        inputs[0].grad = None
+        return max(0, until_loss), max(0, until_gradient)
+
+    def take_turns(self, steps: dict[str, Step], inputs: list[Inputs], _: Truth, args: argparse.Namespace) -> Samples:
+        samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        calls = {}
+        for name, step in steps.items():  # warm-up, which also says how many calls fill a turn
+            first = call(step, inputs[-1])[1]
+            one = min(call(step, inputs[0])[1] for _ in range(5 if first < 0.1 else 1))
+            calls[name] = max(1, min(200, int(SLOT_SECONDS / one)))
+        gc.collect()
+        gc.disable()
+        began, rounds = time.perf_counter(), 0
+        while rounds < args.rounds or (rounds < MAX_ROUNDS and time.perf_counter() - began < args.budget):
+            for name, step in steps.items():
+                for i in range(calls[name]):
+                    samples[name].append(call(step, inputs[(rounds + i) % len(inputs)]))
+            rounds += 1
+        gc.enable()
+        return {name: {what: [t[i] for t in samples[name]] for i, what in enumerate(timings(name))} for name in steps}
+
+
+def call(step: Step, inputs: Inputs) -> tuple[float, float]:
+    """Seconds until the loss, and until the gradient."""
+    start = time.perf_counter()
     result = step(*inputs)
-    until_loss = peak() - before
+    middle = time.perf_counter()
     if result.requires_grad:
         result.backward()
-    until_gradient = peak() - before
+    end = time.perf_counter()
     inputs[0].grad = None
-    return max(0, until_loss), max(0, until_gradient)
+    return middle - start, end - start
 
 
 def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def check_device(device: str) -> None:
-    """The GPU kernels' place in the benchmark; the clock and the memory above know both devices."""
-    if device == "cuda" and not torch.cuda.is_available():
-        missing = "a GPU and its driver" if torch.version.cuda else "a torch built with CUDA"
-        raise SystemExit(f"--device cuda needs {missing}; torch {torch.__version__} sees no GPU here")
+def check_gpu(dry_run: bool) -> None:
+    if not dry_run and not torch.cuda.is_available():
+        missing = "a GPU and its driver" if torch.version.cuda or torch.version.hip else "a torch built with CUDA"
+        sees = f"torch {torch.__version__} sees no GPU here"
+        raise SystemExit(f"--device cuda needs {missing}; {sees} (--dry-run needs none)")
+    if reason := _triton.unavailable_reason():
+        raise SystemExit(f"the GPU's benchmark needs Triton: {reason}")
+    if flag("TRITON_INTERPRET"):
+        raise SystemExit("the GPU's benchmark needs Triton's compiler; unset TRITON_INTERPRET")
 
 
 # ---- One case ---------------------------------------------------------------------------------
 
 
-def errors(step: Step, inputs: Inputs, truth: Truth) -> tuple[float, float]:
+def errors(name: str, step: Step, inputs: Inputs, truth: Truth) -> tuple[float, float]:
+    inputs = private(name, inputs)
     loss = step(*inputs)
     loss.backward()
-    gradient = truth.pick(inputs[0].grad).double()
-    inputs[0].grad = None
-    largest = truth.gradient.abs().max().item()
-    # abs() of a NaN is not <= any tolerance, so NaN and inf fail as they should.
-    return abs(loss.item() / truth.loss - 1), (gradient - truth.gradient).abs().max().item() / largest
+    gradient, inputs[0].grad = inputs[0].grad, None
+    return truth.errors(loss, gradient)
 
 
-def verify(case: Case, steps: dict[str, Step], inputs: Inputs) -> dict[str, Row]:
+def verify(case: Case, steps: dict[str, Step], inputs: Inputs, truth: Truth) -> dict[str, Row]:
     """Per contender its errors, and in "note" why it is not to be timed."""
-    truth = case.truth(*inputs)
     found: dict[str, Row] = {}
     eager = (0.0, 0.0)
     for name in sorted(steps, key=lambda name: name != "eager"):  # eager first, it sets our tolerance
@@ -154,73 +181,59 @@ def verify(case: Case, steps: dict[str, Step], inputs: Inputs) -> dict[str, Row]
         peer = PEER_TOLERANCE[case.dtype]
         allowed = tuple(2 * e + TOLERANCE[case.dtype] for e in eager) if name == "torchfast" else (peer, peer)
         try:
-            error = errors(steps[name], inputs, truth)
+            error = errors(name, steps[name], inputs, truth)
             if not all(e <= a for e, a in zip(error, allowed, strict=True)):
                 got, limit = ("{:.1e}, {:.1e}".format(*pair) for pair in (error, allowed))
                 note = f"wrong: loss and gradient errors {got}, allowed {limit}"
             elif name == "eager":
                 eager = error
-        except Exception as problem:  # a failing contender is a result, not the end of the run
-            note = f"failed: {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"[:300]
+        except Exception as problem:
+            note = failure(problem)
         found[name] = {"loss_error": f"{error[0]:.2e}", "grad_error": f"{error[1]:.2e}", "note": note}
     return found
 
 
-def measure(case: Case, args: argparse.Namespace) -> list[Row]:
+def set_up(case: Case, machine: Cpu | Gpu) -> list[Inputs]:
     torch.manual_seed(0)
-    first = case.setup(args.device)
-    copies = math.ceil(ROTATED_BYTES[args.device] / first[0].nbytes)
-    inputs = [first, *(case.setup(args.device) for _ in range(min(copies, MAX_ROTATED) - 1))]
+    first = case.setup(machine.device)
+    copies = min(math.ceil(machine.rotated_bytes / first[0].nbytes), machine.max_rotated)
+    return [first, *(case.setup(machine.device) for _ in range(copies - 1))]
 
-    steps = dict(case.contenders)
+
+def measure(case: Case, args: argparse.Namespace, machine: Cpu | Gpu) -> list[Row]:
+    inputs = set_up(case, machine)
+    first = inputs[0]
+    steps = {name: step for name, step in case.contenders.items() if name not in machine.unable}
     if args.compile and "eager" in steps:
         torch._dynamo.reset()
         steps["torch.compile"] = torch.compile(steps["eager"], dynamic=False, fullgraph=True)
-    found = verify(case, steps, first)
+    truth = machine.truth(case, first)
+    found = verify(case, steps, first, truth)
     into = first[0].detach().clone()
     floors = {"copy_": lambda x, *_: into.copy_(x.detach()), "clone": lambda x, *_: x.detach().clone()}
     timed = {name: step for name, step in (steps | floors).items() if not found.get(name, {}).get("note")}
 
-    peaks = dict.fromkeys(timed, (None, None))
-    if first[0].nbytes >= LARGE_ENOUGH_TO_WEIGH:
-        peaks = {name: peak_memory(step, first, args.device) for name, step in timed.items()}
-    samples = take_turns(timed, inputs, args)
+    peaks = {name: machine.peak_memory(step, private(name, first)) for name, step in timed.items()}
+    samples = machine.take_turns(timed, inputs, truth, args)
 
-    clone = percentiles([until_result for until_result, _ in samples["clone"]])[1]
+    clone = percentiles(samples["clone"]["floor"])[1]
     rows = []
     for name in steps | floors:
         base = {"contender": name, **found.get(name, {"loss_error": "", "grad_error": "", "note": ""})}
         if name not in timed:
             rows.append({**base, "what": "fwd+bwd"})  # without figures, with the reason
             continue
-        for i, what in enumerate(("floor",) if name in floors else ("fwd", "fwd+bwd")):
-            p20, p50, p80 = percentiles([sample[i] for sample in samples[name]])
+        peak = dict(zip(timings(name), peaks[name], strict=False))
+        for what, times in samples.get(name, {}).items():
+            if isinstance(times, str):
+                rows.append({**base, "what": what, "note": times})
+                continue
+            p20, p50, p80 = percentiles(times)
             figures = {f"p{p}_ms": f"{1e3 * t:.5g}" for p, t in ((20, p20), (50, p50), (80, p80))}
-            figures |= {"calls": len(samples[name]), "ratio_to_clone": f"{p50 / clone:.4g}"}
-            rows.append({**base, "what": what, "peak_bytes": peaks[name][i], **figures})
+            figures |= {"calls": len(times), "ratio_to_clone": f"{p50 / clone:.4g}"}
+            rows.append({**base, "what": what, "peak_bytes": peak.get(what), **figures})
     shape = "x".join(map(str, case.shape))
     return [{"family": case.family, "case": case.name, "dtype": DTYPES[case.dtype], "shape": shape, **r} for r in rows]
-
-
-def take_turns(
-    steps: dict[str, Step], inputs: list[Inputs], args: argparse.Namespace
-) -> dict[str, list[tuple[float, float]]]:
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    calls = {}
-    for name, step in steps.items():  # warm-up, which also says how many calls fill a turn
-        first = call(step, inputs[-1], args.device)[1]
-        one = min(call(step, inputs[0], args.device)[1] for _ in range(5 if first < 0.1 else 1))
-        calls[name] = max(1, min(200, int(SLOT_SECONDS / one)))
-    gc.collect()
-    gc.disable()
-    began, rounds = time.perf_counter(), 0
-    while rounds < args.rounds or (rounds < MAX_ROUNDS and time.perf_counter() - began < args.budget):
-        for name, step in steps.items():
-            for i in range(calls[name]):
-                samples[name].append(call(step, inputs[(rounds + i) % len(inputs)], args.device))
-        rounds += 1
-    gc.enable()
-    return samples
 
 
 def percentiles(values: list[float]) -> list[float]:
@@ -231,7 +244,7 @@ def percentiles(values: list[float]) -> list[float]:
 # ---- Where a figure comes from ----------------------------------------------------------------
 
 
-def provenance(args: argparse.Namespace) -> Row:
+def provenance(machine: Cpu | Gpu) -> Row:
     def git(*command: str) -> str:
         done = subprocess.run(["git", "-C", str(HERE.parent), *command], capture_output=True, text=True)
         return done.stdout.strip()
@@ -249,9 +262,9 @@ def provenance(args: argparse.Namespace) -> Row:
         "torchfast": torchfast.__version__,
         "commit": commit,
         "dirty": dirty,
-        "native": _native.unavailable_reason is None,
+        "native": machine.device != "cpu" or _native.unavailable_reason is None,  # a GPU's: Triton
         "torch": torch.__version__,
-        "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
+        "device": machine.name,
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "",
@@ -354,46 +367,74 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--budget", type=float, help="seconds of timing per case; default 5, quick 1")
+    gpu = parser.add_argument_group("of the GPU's benchmark")
+    gpu.add_argument("--dry-run", action="store_true", help="all but the GPU: what would run, on tensors without data")
+    gpu.add_argument("--bandwidth", type=float, default=3350, help="GB/s that a dry run assumes; default an H100's")
+    gpu.add_argument("--autotune", action="store_true", help="other tiles against the launcher's; changes nothing")
     args = parser.parse_args()
+    if args.dry_run:
+        args.device, args.compile = "cuda", False
+    if args.autotune and args.device == "cpu":
+        parser.error("--autotune needs --device cuda or --dry-run")
     args.csv = args.csv or HERE / "results" / f"{args.device}.csv"
     args.budget = args.budget or (1.0 if args.quick else 5.0)
-    args.rounds = 3 if args.quick else 5
+    args.rounds = 1 if args.dry_run else 3 if args.quick else 5
     return args
 
 
 def main() -> None:
     args = parse()
-    chosen = [c for c in cases() if re.search(args.only, c.label)]
+    chosen = [c for c in (gpu_cases if args.device == "cuda" else cases)() if re.search(args.only, c.label)]
     if args.quick:
-        chosen = [c for c in chosen if math.prod(c.shape) <= QUICK_ELEMENTS]
+        chosen = [c for c in chosen if math.prod(c.shape) <= QUICK_ELEMENTS[args.device]]
     if not chosen:
         raise SystemExit(f"no case matches --only {args.only!r}; see --list")
     if args.list:
         return print("\n".join(c.label for c in chosen))
-    check_device(args.device)
-    check_csv(args.csv)
+    if args.device == "cpu":
+        return run(chosen, args, Cpu(), report)
+    check_gpu(args.dry_run)
+    import gpu  # and with it Triton, which takes a second
+
+    with gpu.machine(args) as machine:
+        if args.autotune:
+            return gpu.autotune(chosen, args, machine, set_up)
+        return run(chosen, args, machine, gpu.report)
+
+
+def run(chosen: list[Case], args: argparse.Namespace, machine: Cpu | Gpu, show: Any) -> None:
+    if not args.dry_run:
+        check_csv(args.csv)
     if args.threads:
         torch.set_num_threads(args.threads)
     console = Console() if os.isatty(1) else Console(width=190)
-    origin = provenance(args)
+    origin = provenance(machine)
     console.print(", ".join(f"{key} {value}" for key, value in origin.items()), highlight=False)
-    if float(origin["load"] or 0) > 0.5:
+    if args.device == "cpu" and float(origin["load"] or 0) > 0.5:
         console.print("the machine is busy: each parallel region waits for a free core, even ratios are unreliable")
-    if _native.unavailable_reason:
+    if args.device == "cpu" and _native.unavailable_reason:
         console.print(f"torchfast runs on its slow reference: {_native.unavailable_reason}", style="yellow")
     results: list[tuple[Case, list[Row]]] = []
     try:
         for number, case in enumerate(chosen, 1):
             began = time.perf_counter()
-            rows = measure(case, args)
-            append(args.csv, [origin | row for row in rows])
+            try:
+                rows = measure(case, args, machine)
+            except torch.OutOfMemoryError as problem:
+                console.print(f"{number}/{len(chosen)} {case.label}: {failure(problem)}", style="red", markup=False)
+                continue
+            if not args.dry_run:
+                append(args.csv, [origin | row for row in rows])
             results.append((case, rows))
-            took = time.perf_counter() - began
-            console.print(f"{number}/{len(chosen)} {case.label}: {took:.1f} s", highlight=False)
+            said = machine.remark(case) or f"{time.perf_counter() - began:.1f} s"
+            console.print(f"{number}/{len(chosen)} {case.label}: {said}", highlight=False, markup=False)
     except KeyboardInterrupt:
         console.print("interrupted: what was measured so far")
-    report(console, results)
-    console.print(f"appended to {args.csv}", highlight=False)
+    finally:
+        show(console, results)
+    console.print("dry run: no CSV written" if args.dry_run else f"appended to {args.csv}", highlight=False)
+    if args.dry_run and any(row["note"] for _, rows in results for row in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

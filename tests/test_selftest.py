@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torchfast._register import Sample, registry
 from torchfast.losses.cross_entropy.reference import reference, reference_backward
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of planted kernels
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -133,7 +135,7 @@ WRONG = {
     "loss of the wrong sign": ("loss", {"forward": with_loss(torch.neg)}),
     "loss off by 1e-4": ("loss", {"forward": with_loss(lambda loss: loss * 1.0001)}),
     "NaN loss": ("loss", {"forward": with_loss(lambda loss: loss * torch.nan)}),
-    "infinite loss": ("loss", {"forward": with_loss(lambda loss: loss / 0)}),
+    "infinite loss": ("loss", {"forward": with_loss(lambda loss: loss + torch.inf)}),
     "loss in half precision": ("loss", {"forward": with_loss(lambda loss: loss.to(torch.bfloat16))}),
     "loss of the wrong shape": ("loss", {"forward": with_loss(lambda loss: loss[None])}),
     "gradient of the wrong sign": ("gradient", {"backward": with_gradient(torch.neg)}),
@@ -156,9 +158,7 @@ def test_a_wrong_kernel_fails_in_every_dtype_and_is_named(wrong: str, report: An
     assert code == 1
     for dtype in DTYPES:
         assert rows[dtype]["failures"], f"{dtype} passed"
-        assert {failure.split(": ")[1].split("[")[0].split(" is ")[0] for failure in rows[dtype]["failures"]} == {
-            output
-        }
+        assert re.match(rf"sample \d+: {output}(\[.*\])? is ", rows[dtype]["failures"][0])
         assert rows[dtype]["max_error"] is None or rows[dtype]["max_error"] > 1
 
 
@@ -170,6 +170,7 @@ def test_the_table_says_which_row_failed_and_how(capsys: pytest.CaptureFixture[s
     assert [(row[3], row[-1]) for row in rows] == [(dtype, "FAIL") for dtype in DTYPES]
     assert details[0].startswith(f"cross_entropy, {device}, float16: ")
     assert "sample 0: loss is -" in details[0] and "--json shows all" in details[0]
+    assert len(details[0].splitlines()) == 1 + selftest.SHOWN + 1
     assert details[-1].startswith("4 of ")
 
 
@@ -184,6 +185,7 @@ def test_an_exception_fails_its_row_and_the_others_still_run(capsys: pytest.Capt
     output = capsys.readouterr().out
     rows = [line.split() for line in output.splitlines() if line.startswith("cross_entropy ")]
     assert {row[3]: row[-1] for row in rows} == {dtype: "FAIL" if dtype == "bfloat16" else "ok" for dtype in DTYPES}
+    assert {row[3] for row in rows if row[-2] == "inf"} == {"bfloat16"}
     assert "sample 0: RuntimeError: CUDA error: an illegal memory access was encountered" in output
 
 
@@ -239,7 +241,7 @@ def test_samples_that_cannot_be_made_are_a_failure(
 @pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
 def test_one_rounding_passes_and_many_do_not(dtype: torch.dtype) -> None:
     truth = torch.linspace(-8, 8, 1000, dtype=torch.float64)
-    many = (3 if dtype in selftest.HALF else 100) * torch.finfo(dtype).eps
+    many = (2 if dtype in selftest.HALF else 100) * torch.finfo(dtype).eps
     assert selftest.errors(truth.to(dtype), truth).max() <= 0.5
     assert selftest.errors((truth * (1 + many)).to(dtype), truth).max() > 1
 

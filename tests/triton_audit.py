@@ -128,17 +128,18 @@ def record(target: str, function: Any) -> list[tuple[Any, dict[str, Any], tuple[
         return compiled
 
     driver = triton.runtime.driver
-    before = driver._active
+    before, backend = driver._active, triton_launch.backend
     jits = [value for value in vars(triton_kernels).values() if isinstance(value, triton.runtime.JITFunction)]
     try:
         driver.set_active(_Driver(TARGETS[target]))
+        triton_launch.backend = lambda: TARGETS[target].backend
         triton.runtime.JITFunction.run = compile_only
         for jit in jits:
             jit.device_caches.clear()  # it caches by device, and every target is device 0
         function()
     finally:
         triton.runtime.JITFunction.run = run
-        driver._active = before
+        driver._active, triton_launch.backend = before, backend
     return launches
 
 
@@ -274,7 +275,7 @@ def suite(target: str) -> list[Config]:
     if here:
         configs += [Config(target, s, torch.bfloat16, o) for s in heavy for o in OPTIONS]
         configs += [Config(target, s, d, "everything") for s in heavy for d in DTYPES[2:]]
-        configs += [Config(target, (4, 19, 1024, 1024), torch.bfloat16, "CE", channels_last=True)]
+        configs += [Config(target, (4, 19, 1024, 1024), torch.bfloat16, o, channels_last=True) for o in both]
     configs += [Config(target, s, d, "CE") for s in ALIGNED for d in DTYPES]
     return list(dict.fromkeys(configs))
 

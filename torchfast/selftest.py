@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,9 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-import torchfast
 from torchfast._register import Op, Sample, registry
-from torchfast.info import _guard, _kernel
+from torchfast.info import _guard, _kernel, report
 
 ROUNDINGS = 64
 HALF = (torch.float16, torch.bfloat16)
@@ -208,7 +206,9 @@ def _dtypes(device: str) -> tuple[torch.dtype, ...]:
 def _print_table(rows: Iterator[Row]) -> Iterator[Row]:
     """Passes the rows on, each printed as soon as it is there: compiling for a GPU takes a while."""
     width = max(map(len, ("op", *registry)))
-    print(f"torchfast {torchfast.__version__}, torch {torch.__version__}, python {platform.python_version()}")
+    here = report()
+    print(", ".join(f"{name} {version}" for name, version in here["versions"].items()))
+    print("; ".join(f"{name}: {what}" for name, what in here["devices"].items()))
     print("max error: the largest difference from fp64, as a multiple of what rounding explains; above 1 fails")
     print(f"{'op':{width}}  device  kernel     dtype     samples  max error  verdict")
     for row in rows:

@@ -10,6 +10,7 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from torchfast._env import flag
@@ -31,38 +32,65 @@ class Tile(NamedTuple):
     warps: int
 
 
-def elements_of_thread(itemsize: int, many_temporaries: bool) -> int:
-    """16: enough loads in flight, and with the sums of each no spill. Half where the formula needs many
-    temporaries (softcap's tanh, a focal loss over all classes), half in fp64."""
-    return 16 // (2 if many_temporaries else 1) // (2 if itemsize == 8 else 1)
+class Shape(NamedTuple):
+    """What tiles depend on."""
+
+    classes: int
+    inner: int
+    classes_minor: bool
+    itemsize: int
+    vec: int
+    many_temporaries: bool
+
+    @property
+    def each(self) -> int:
+        """Elements of a thread: 16 are enough loads in flight, and with the sums of each no spill. Half where the
+        formula needs many temporaries (softcap's tanh, a focal loss over all classes), half in fp64."""
+        return 16 // (2 if self.many_temporaries else 1) // (2 if self.itemsize == 8 else 1)
 
 
-def forward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int, each: int) -> Tile:
+def forward_tile(shape: Shape) -> Tile:
     """Rows up to 16 full warps stay in registers; longer ones are walked in blocks of half of that.
 
     Along positions a thread owns vectors of positions, so that it sums over its classes alone.
     """
-    if not classes_minor:
-        return _positions_tile(classes, inner, itemsize, each)
-    return _rows_tile(_power_of_2(classes) if classes <= 512 * each else 256 * each, inner, each)
+    if not shape.classes_minor:
+        return _positions_tile(shape)
+    in_registers = shape.classes <= 512 * shape.each
+    return _rows_tile(_power_of_2(shape.classes) if in_registers else 256 * shape.each, shape)
 
 
-def backward_tile(classes: int, inner: int, classes_minor: bool, itemsize: int, each: int) -> Tile:
+def backward_tile(shape: Shape) -> Tile:
     """As in the forward; but nothing is summed over the row, so blocks can be shorter."""
-    if not classes_minor:
-        return _positions_tile(classes, inner, itemsize, each)
-    return _rows_tile(min(_power_of_2(classes), 128 * each), inner, each)
+    if not shape.classes_minor:
+        return _positions_tile(shape)
+    return _rows_tile(min(_power_of_2(shape.classes), 128 * shape.each), shape)
 
 
-def _rows_tile(block: int, inner: int, each: int) -> Tile:
-    rows = max(1, min(128 * each // block, 512, _power_of_2(inner)))
-    return Tile(rows, block, max(1, rows * block // (32 * each), rows // 128))  # at most 4 rows a thread
+def _rows_tile(block: int, shape: Shape) -> Tile:
+    """4 full warps; fewer rows where a thread would own elements of more than 4: a row's numbers cost registers."""
+    at_once = max(1, 128 * min(shape.vec, block) // block)  # rows that 4 warps own at a time
+    rows = max(1, min(128 * shape.each // block, 4 * at_once, _power_of_2(shape.inner)))
+    warps = rows * block // (32 * shape.each)
+    return Tile(rows, block, max(1, warps, 4 * rows // (4 * at_once) if rows > 4 else 1))
 
 
-def _positions_tile(classes: int, inner: int, itemsize: int, each: int) -> Tile:
-    positions = min(128 * 16 // itemsize, _power_of_2(inner))  # a vector for each of 4 warps' threads
-    block = min(_power_of_2(classes), max(1, 128 * each // positions))
-    return Tile(positions, block, max(1, positions * block // (32 * each)))
+def _positions_tile(shape: Shape) -> Tile:
+    positions = min(128 * 16 // shape.itemsize, _power_of_2(shape.inner))  # a vector for each of 4 warps' threads
+    block = min(_power_of_2(shape.classes), max(1, 128 * shape.each // positions))
+    return Tile(positions, block, max(1, positions * block // (32 * shape.each)))
+
+
+def _compiler_options(shape: Shape, tile: Tile) -> dict[str, int]:
+    """ptxas spills a few registers where that lets one more block reside; not worth it."""
+    if backend() != "cuda" or not shape.many_temporaries:
+        return {}
+    return {"maxnreg": min(255, 65536 // (32 * tile.warps))}
+
+
+def backend() -> str | None:
+    """What Triton compiles for here."""
+    return "cuda" if torch.version.cuda else "hip" if torch.version.hip else None
 
 
 def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int) -> int:
@@ -89,6 +117,8 @@ def splits_of(programs: int, blocks: int, processors: int) -> int:
 
 def _merged(shape: list[int], strides: list[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]] | None:
     """Sizes, and each tensor's strides, of the rows as (outer, inner); None if two dimensions are too few."""
+    if 0 in shape:  # no rows; the strides mean nothing
+        strides = [(0,) * len(of) for of in strides]
     merged: list[tuple[int, tuple[int, ...]]] = []
     for size, stride in zip(shape, strides, strict=True):
         if size == 1:
@@ -177,8 +207,9 @@ class Call:
         keep, uniform = 1.0 - label_smoothing, label_smoothing / classes
         self.numbers = tuple(float(v) for v in (keep, uniform, gamma, z_loss, softcap or 1.0, logit_scale))
         self.dense = self.prob or uniform != 0
-        each = elements_of_thread(logits.element_size(), softcap != 0 or (self.dense and gamma != 0))
-        self.sizes = (classes, self.inner, self.classes_minor, logits.element_size(), each)
+        many_temporaries = softcap != 0 or (self.dense and gamma != 0)
+        itemsize = logits.element_size()
+        self.shape = Shape(classes, self.inner, self.classes_minor, itemsize, self.vec, many_temporaries)
         self.flags = {
             "PROB": self.prob,
             "DENSE": self.dense,
@@ -189,6 +220,10 @@ class Call:
             "VEC": self.vec,
             "CLASSES_MINOR": self.classes_minor,
         }
+
+    def row_blocks(self, rows: int) -> int:
+        """Programs of so many rows each."""
+        return self.outer * -(-self.inner // rows)
 
     def _plain(self, t: Tensor) -> Tensor:
         """fp8 is widened: what the kernels compute in is read anyway."""
@@ -208,16 +243,21 @@ class Call:
 
 def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     call = Call(None, logits, target, *options)
-    reduce = call.reduction != 0
     loss, residuals = fake(logits, target, *options)
-    tile = forward_tile(*call.sizes)
+    if not call.rows and not call.reduction:
+        residuals.fill_(1.0)
+        return loss, residuals
+    tile = forward_tile(call.shape)
     blocks = -(-call.classes // tile.BLOCK)
-    programs = call.outer * -(-call.inner // tile.M) if call.rows else 0
-    sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if reduce else loss
-    splits = splits_of(programs, blocks, _processors(call.device)) if programs else 1
+    row_blocks = call.row_blocks(tile.M)
+    splits = splits_of(row_blocks, blocks, _processors(call.device)) if call.rows else 1
+    # Split rows are finished a few at a time, with the results of all their splits.
+    last = tile if splits == 1 else tile._replace(M=min(tile.M, max(1, 512 // _power_of_2(splits))), warps=4)
+    programs = call.row_blocks(last.M)
+    sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if call.reduction else loss
 
-    def launch(stage: int, partials: Tensor | None) -> None:
-        forward_kernel[(programs * splits if stage in (SCAN.value, SUM.value) else programs,)](
+    def launch(stage: tl.constexpr, tile: Tile, programs: int, partials: Tensor | None) -> None:
+        forward_kernel[(programs,)](
             call.logits,
             call.target,
             call.weight,
@@ -236,27 +276,26 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
             call.ignore_index,
             *call.numbers,
             **call.flags,
-            REDUCE=reduce,
-            STAGE=stage,
+            REDUCE=call.reduction != 0,
+            STAGE=stage.value,
             M=tile.M,
             BLOCK=tile.BLOCK,
             SPLITS=_power_of_2(splits),
             ONE_BLOCK=blocks == 1,
             num_warps=tile.warps,
+            **_compiler_options(call.shape, tile),
         )
 
     with call.on_device():
-        if programs and splits == 1:
-            launch(WHOLE.value, None)
-        elif programs:
+        if splits > 1:
             partials = torch.empty(5 * splits * call.rows, dtype=call.acc, device=call.device)
-            launch(SCAN.value, partials)
+            launch(SCAN, tile, row_blocks * splits, partials)
             if call.dense and call.flags["FOCAL"]:
-                launch(SUM.value, partials)
-            launch(FINISH.value, partials)
-        elif not reduce:
-            residuals.fill_(1.0)
-        if reduce:
+                launch(SUM, tile, row_blocks * splits, partials)
+            launch(FINISH, last, programs, partials)
+        elif call.rows:
+            launch(WHOLE, tile, programs, None)
+        if call.reduction:
             _add_up(sums, programs, loss, residuals, call)
     return loss, residuals
 
@@ -279,8 +318,8 @@ def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out
     if not logits.numel():
         return
     call = Call(out, logits, target, *options)
-    tile = backward_tile(*call.sizes)
-    row_blocks = call.outer * -(-call.inner // tile.M)
+    tile = backward_tile(call.shape)
+    row_blocks = call.row_blocks(tile.M)
     blocks = -(-call.classes // tile.BLOCK)
     steps = steps_of(call.classes_minor, row_blocks, blocks, _processors(call.device))
     if any(grad_loss.stride()):
@@ -309,6 +348,7 @@ def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out
             M=tile.M,
             BLOCK=tile.BLOCK,
             num_warps=tile.warps,
+            **_compiler_options(call.shape, tile),
         )
     if call.gradient is not out:
         out.copy_(call.gradient)

@@ -1,0 +1,362 @@
+"""The GPU's part of ``run.py --device cuda``: its clock, its memory, its table; and the dry run without one.
+
+- Times are those of ``triton.testing.do_bench``: the L2 cache is overwritten before every call, and the
+  inputs rotate through more memory than any L2 holds. Contenders take turns, as on the CPU.
+- "graph" is a CUDA graph of loss and gradient, over all the rotated inputs, replayed: the time without
+  Python and launches, and the proof that nothing in them waits for the device. What a replay computed
+  is compared with the truth before it is timed.
+- The floor is ``copy_`` in the same run, which moves 2 x the logits. The loss reads them once; with the
+  gradient they are read twice and written once: 3 x, though a kernel that does all at once needs 2.
+- The CSV has the columns of the CPU's; bandwidths follow from the copy_ rows. Liger-Kernel: cases.py.
+- The dry run takes the same path on meta tensors, which have shapes and strides but no data. Triton's
+  launches are recorded, and the clock knows only bytes / bandwidth.
+- Autotuning replaces the launcher's choice of a tile by each of a small grid, checks the result, and
+  says what was fastest. Changing the launcher is left to the reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import math
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.testing
+from cases import FLOORS, PEER_TOLERANCE, TOLERANCE, Case, Inputs, Step, Truth, failure, private, timings
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchfast.losses.cross_entropy import triton_launch
+
+MOVED = {"fwd": 1, "fwd+bwd": 3, "graph": 3, "floor": 2}  # times the size of the logits, at least
+PEERS = ("eager", "torch.compile", "liger")
+#: Why a capture is not even tried: one that fails may leave the allocator in capture, for all that follow.
+WAITS = {"liger": "no graph: it reads counts back to the host (.item())"}
+AIM = 0.9  # of the copy bandwidth, for rows of at least 4k classes
+
+Run = Callable[[], Any]
+
+
+# ---- The GPU ----------------------------------------------------------------------------------
+
+
+class Gpu:
+    device = "cuda"
+    rotated_bytes = 256 << 20  # H100: 50 MB of L2, B200: 126
+    max_rotated = 256
+    unable: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+        return f"{torch.cuda.get_device_name()}, driver {_driver()}, {runtime}, Triton {triton.__version__}"
+
+    def truth(self, case: Case, inputs: Inputs) -> Truth:
+        return case.truth(*inputs)
+
+    def remark(self, case: Case) -> str:
+        return ""
+
+    def peak_memory(self, step: Step, inputs: Inputs) -> tuple[int, int] | tuple[None, None]:
+        """Extra bytes at the worst moment until the loss, and until the gradient (which counts)."""
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = step(*inputs)
+        until_loss = torch.cuda.max_memory_allocated() - before
+        if result.requires_grad:
+            result.backward()
+        inputs[0].grad = None
+        return until_loss, torch.cuda.max_memory_allocated() - before
+
+    def time(self, run: Run, moved: int, milliseconds: float) -> list[float]:
+        """Seconds of each call. ``moved``: bytes, all that a clock without a GPU has to go by."""
+        return [ms / 1e3 for ms in triton.testing.do_bench(run, milliseconds / 4, milliseconds, return_mode="all")]
+
+    def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Run, tuple[Tensor, ...]]:
+        """The replay of a run, and the tensors that it writes."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        gc.collect()  # a graph has memory of its own, and a capture frees nobody else's
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):  # a capture that fails does not leave its own stream
+            run()
+            with torch.cuda.graph(graph, stream=stream):
+                written = run()
+        torch.cuda.synchronize()
+        return graph.replay, written
+
+    def take_turns(
+        self, steps: dict[str, Step], inputs: list[Inputs], truth: Truth, args: argparse.Namespace
+    ) -> dict[str, dict[str, list[float] | str]]:
+        """By contender and by what was timed: seconds, or why there are none."""
+        nbytes = inputs[0][0].nbytes
+        samples: dict[str, dict[str, list[float] | str]] = {name: {} for name in steps}
+        runs = {}
+        for name, step in steps.items():
+            own = [private(name, each) for each in inputs]
+            for what in timings(name):
+                samples[name][what] = []
+                runs[name, what] = rotating(step if what != "fwd+bwd" else with_gradient(step), own)
+        milliseconds = 1e3 * args.budget / (args.rounds * len(runs))
+        for _, ((name, what), run) in itertools.product(range(args.rounds), runs.items()):
+            if isinstance(samples[name][what], list):
+                try:
+                    samples[name][what] += self.time(run, MOVED[what] * nbytes, milliseconds)
+                except Exception as problem:
+                    if name in FLOORS:  # nothing to compare with
+                        raise
+                    samples[name][what] = failure(problem)
+        for name in steps:
+            if name not in FLOORS:
+                samples[name]["graph"] = WAITS.get(name) or self.replay(steps[name], inputs, truth, args)
+        return samples
+
+    def replay(self, step: Step, inputs: list[Inputs], truth: Truth, args: argparse.Namespace) -> list[float] | str:
+        def run() -> tuple[Tensor, ...]:
+            for each in reversed(inputs):
+                written = with_gradient(step)(*each)
+            return written  # of the first, whose truth is known
+
+        try:
+            replay, written = self.capture(run)
+            for tensor in written:
+                tensor.zero_()
+            replay()
+            errors, allowed = truth.errors(*written), PEER_TOLERANCE[inputs[0][0].dtype]
+            if not all(e <= allowed for e in errors):
+                return f"wrong in a graph: errors {errors[0]:.1e}, {errors[1]:.1e}, allowed {allowed}"
+            moved = MOVED["graph"] * len(inputs) * inputs[0][0].nbytes
+            return [t / len(inputs) for t in self.time(replay, moved, 1e3 * args.budget / 10)]
+        except Exception as problem:
+            return "no graph: " + failure(problem)
+
+
+def rotating(step: Step, inputs: list[Inputs]) -> Run:
+    turn = itertools.cycle(inputs)
+    return lambda: step(*next(turn))
+
+
+def with_gradient(step: Step) -> Callable[..., tuple[Tensor, Tensor]]:
+    def loss_and_gradient(*inputs: Any) -> tuple[Tensor, Tensor]:
+        loss = step(*inputs)
+        loss.backward()
+        gradient, inputs[0].grad = inputs[0].grad, None
+        return loss.detach(), gradient
+
+    return loss_and_gradient
+
+
+def _driver() -> str:
+    if not shutil.which("nvidia-smi"):
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0] or "unknown"
+
+
+# ---- No GPU -----------------------------------------------------------------------------------
+
+
+class ShapeTruth:
+    """All that can be right or wrong about tensors without data."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def errors(self, loss: Tensor, gradient: Tensor) -> tuple[float, float]:
+        got, expected = ((t.shape, t.dtype, t.stride()) for t in (gradient, self.logits))
+        if loss.shape != () or got != expected:
+            raise ValueError(f"loss of shape {tuple(loss.shape)}, gradient {got}, expected a scalar and {expected}")
+        return 0.0, 0.0
+
+
+class DryRun(Gpu):
+    device = "meta"
+    max_rotated = 2
+    unable = ("liger",)  # it reads data back
+
+    def __init__(self, bandwidth: float) -> None:
+        self.bandwidth = bandwidth
+        self.launches: dict[str, None] = {}  # each one once, in order
+
+    @property
+    def name(self) -> str:
+        return f"none: a dry run, where a time is bytes / {self.bandwidth:g} GB/s"
+
+    def truth(self, case: Case, inputs: Inputs) -> Any:
+        self.launches.clear()
+        return ShapeTruth(inputs[0])
+
+    def remark(self, case: Case) -> str:
+        moved = MOVED["fwd+bwd"] * math.prod(case.shape) * case.dtype.itemsize
+        floor = f"moves {moved:,} bytes, {moved / self.bandwidth / 1e6:.4g} ms at {self.bandwidth:g} GB/s"
+        return "\n    ".join([floor, *self.launches])
+
+    def peak_memory(self, step: Step, inputs: Inputs) -> tuple[None, None]:
+        return None, None
+
+    def time(self, run: Run, moved: int, milliseconds: float) -> list[float]:
+        run()
+        return [moved / self.bandwidth / 1e9]
+
+    def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Run, tuple[Tensor, ...]]:
+        return run, run()
+
+    def take_turns(self, *args: Any) -> dict[str, dict[str, list[float] | str]]:
+        """Peers ran too, but how many bytes they move is not known."""
+        samples = super().take_turns(*args)
+        return {name: timed for name, timed in samples.items() if name not in PEERS}
+
+    def record(self, kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
+        known = kernel.signature.parameters
+        kernel.signature.bind(*args, **{name: value for name, value in constants.items() if name in known})
+        rows, block, warps = (constants.pop(name, 1) for name in ("M", "BLOCK", "num_warps"))
+        flags = (name if value is True else f"{name}={value}" for name, value in constants.items() if value)
+        tile = f"tile {rows} x {block}, {warps} warps"
+        self.launches[f"{kernel.fn.__name__}: grid {grid[0]}, {tile}, {' '.join(flags)}"] = None
+
+
+class ToTheLaunchers(TorchDispatchMode):
+    """The dispatcher gives only a GPU's tensors to the Triton launchers; here it gives them meta tensors."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        launcher = getattr(triton_launch, op.name().partition("::")[2], op) if op.namespace == "torchfast" else op
+        return launcher(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def machine(args: argparse.Namespace) -> Iterator[Gpu]:
+    if not args.dry_run:
+        yield Gpu()
+        return
+    dry = DryRun(args.bandwidth)
+
+    def run(kernel: Any, *args: Any, **options: Any) -> None:
+        dry.record(kernel, *args, **options)
+
+    with mock.patch.object(triton.runtime.JITFunction, "run", run), ToTheLaunchers():
+        yield dry
+
+
+# ---- The table --------------------------------------------------------------------------------
+
+
+def report(console: Console, results: list[tuple[Case, list[dict[str, Any]]]]) -> None:
+    table = Table(title="medians; peers: how many times slower than torchfast", title_justify="left")
+    table.add_column("case", no_wrap=True)
+    for heading in "fwd ms", "fwd+bwd ms", "GB/s", "copy_ GB/s", "of copy_", *PEERS, "graph ms":
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", min_width=14)
+    notes, family = [], None
+    for case, rows in results:
+        if case.family != family:
+            table.add_section()
+        family = case.family
+        times = {(r["contender"], r["what"]): float(r["p50_ms"]) for r in rows if "p50_ms" in r}
+        table.add_row(case.label, *figures(case, times))
+        notes += [f"{case.label}, {r['contender']}: {r['note']}" for r in rows if r["note"]]
+    console.print(table)
+    console.print(f"aim: {AIM:g} of the copy bandwidth for rows of 4k classes and more; must: no peer is faster")
+    for note in dict.fromkeys(notes):
+        console.print(note, style="red", markup=False)
+
+
+def figures(case: Case, times: dict[tuple[str, str], float]) -> list[str]:
+    def text(value: float | None, unit: str = "") -> str:
+        return f"{value:.4g}{unit}" if value else "-"
+
+    ours, copy = times.get(("torchfast", "fwd+bwd")), times["copy_", "floor"]
+    nbytes = math.prod(case.shape) * case.dtype.itemsize
+    copied = MOVED["floor"] * nbytes / copy / 1e6
+    graph = text(times.get(("torchfast", "graph")))
+    if ours is None:
+        return ["-", "-", "-", text(copied), "-", *"-" * len(PEERS), graph, "[red]not timed"]
+    achieved = MOVED["fwd+bwd"] * nbytes / ours / 1e6
+    ratios = {peer: times[peer, "fwd+bwd"] / ours for peer in PEERS if (peer, "fwd+bwd") in times}
+    return [
+        *(text(time) for time in (times.get(("torchfast", "fwd")), ours, achieved, copied)),
+        f"{achieved / copied:.2f}",
+        *(text(ratios.get(peer), "x") for peer in PEERS),
+        graph,
+        verdict(case, achieved / copied, ratios),
+    ]
+
+
+def verdict(case: Case, of_copy: float, ratios: dict[str, float]) -> str:
+    if not ratios:
+        return "-"
+    if slower := [peer for peer, ratio in ratios.items() if ratio < 0.95]:  # 5% is noise
+        return f"[red]slower: {', '.join(slower)}"
+    if case.shape[1] < 4096:
+        return "-"
+    return "[green]met" if of_copy >= AIM else f"[yellow]below {AIM:g}"
+
+
+# ---- Other tiles ------------------------------------------------------------------------------
+
+
+def autotune(chosen: list[Case], args: argparse.Namespace, machine: Gpu, set_up: Callable[..., list[Inputs]]) -> None:
+    """Prints for each case and direction the launcher's tile and the fastest of the others."""
+    console = Console(width=160, highlight=False)
+    for case in chosen:
+        inputs = set_up(case, machine)
+        truth = machine.truth(case, inputs[0])
+        console.print(f"{case.label}: ms of the forward, of forward + backward")
+        for name, what in ("forward_tile", "fwd"), ("backward_tile", "fwd+bwd"):
+            console.print(f"    {name}: {best_tile(name, what, case, inputs, truth, machine, 1e3 * args.budget / 40)}")
+
+
+def best_tile(
+    name: str, what: str, case: Case, inputs: list[Inputs], truth: Truth, machine: Gpu, milliseconds: float
+) -> str:
+    step = case.contenders["torchfast"]
+    run = rotating(step if what == "fwd" else with_gradient(step), inputs)
+    limits = [2 * error + TOLERANCE[case.dtype] for error in truth.errors(*with_gradient(step)(*inputs[0]))]
+
+    def median(tile: Any) -> float:
+        with mock.patch.object(triton_launch, name, lambda *_: tile):
+            errors = truth.errors(*with_gradient(step)(*inputs[0]))
+            if not all(e <= limit for e, limit in zip(errors, limits, strict=True)):
+                raise ValueError(f"wrong: errors {errors[0]:.1e}, {errors[1]:.1e}")
+            return 1e3 * statistics.median(machine.time(run, MOVED[what] * inputs[0][0].nbytes, milliseconds))
+
+    own = launchers_tile(name, step, inputs[0])
+    medians, failures = {}, []
+    for tile in [own, *candidates(own, case.shape[1])]:
+        try:
+            medians[tile] = median(tile)
+        except Exception as problem:
+            failures.append(f"{tile} {failure(problem)}")
+    best = min(medians, key=medians.__getitem__)
+    ours, theirs = median(own), median(best)  # again: the fastest of many was lucky too
+    line = f"{own} {ours:.4g} ms; best of {len(medians)}: {best} {theirs:.4g} ms, {ours / theirs:.2f}x"
+    return "\n        ".join([line, *failures])
+
+
+def launchers_tile(name: str, step: Step, inputs: Inputs) -> Any:
+    seen: list[Any] = []
+    choose = getattr(triton_launch, name)
+    with mock.patch.object(triton_launch, name, lambda *sizes: seen.append(choose(*sizes)) or seen[-1]):
+        with_gradient(step)(*inputs)
+    return seen[0]
+
+
+def candidates(own: Any, classes: int) -> list[Any]:
+    """Other elements a thread, warps, and rows; blocks at most 4 times as long or short, or as the row."""
+    found = {}
+    for each, warps, rows in itertools.product((4, 8, 16, 32), (1, 2, 4, 8, 16), (own.M // 2, own.M, own.M * 2)):
+        block = each * 32 * warps // rows if rows else 0
+        if own.BLOCK // 4 <= block <= own.BLOCK * 4 and 0 < block < 2 * classes:
+            found[own._replace(M=rows, BLOCK=block, warps=warps)] = None
+    found.pop(own, None)
+    return list(found)

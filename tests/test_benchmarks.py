@@ -1,0 +1,121 @@
+"""The benchmark of the GPU kernels, as far as it goes without a GPU. Nothing here is timed."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich", reason="the benchmarks print with rich, which is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the GPU's benchmark needs triton, which is not installed"
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The benchmark as its user runs it: without the tests' choice of kernels; and without a GPU."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHFAST_", "TRITON_"))}
+    clean |= {"PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    command = ["-c", code] if code else [str(BENCHMARKS / "run.py")]
+    return subprocess.run([sys.executable, *command, *arguments], env=clean, capture_output=True, text=True)
+
+
+def lines(*arguments: str) -> list[str]:
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def gpu_cases() -> list[str]:
+    return lines("--device", "cuda", "--list")
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results") / "cuda.csv"
+
+
+@pytest.fixture(scope="module")
+def launches(csv: Path) -> dict[str, list[str]]:
+    """What the dry run prints of each case: what it moves, and each launch."""
+    printed: dict[str, list[str]] = {}
+    of_case: list[str] = []
+    for line in lines("--device", "cuda", "--dry-run", "--csv", str(csv)):
+        if found := re.match(r"\d+/\d+ (.*): (moves .*)", line):
+            of_case = printed[found[1]] = [found[2]]
+        elif line.startswith("    "):
+            of_case.append(line.strip())
+    return printed
+
+
+def test_both_devices_list_their_cases(gpu_cases):
+    assert "tiny/CE/8x2/fp32" in lines("--list")
+    shapes = {label.split("/")[2] for label in gpu_cases}
+    assert shapes == {
+        "4096x32000",
+        "16384x128256",
+        "8192x50257",
+        "16384x1000",
+        "4x19x1024x1024",
+        "8x128256",
+        "1000000x10",
+    }
+    assert len(set(gpu_cases)) == len(gpu_cases)
+
+
+def test_without_a_gpu_it_says_what_is_missing(tmp_path):
+    done = run("--device", "cuda", "--csv", str(tmp_path / "cuda.csv"))
+    assert done.returncode == 1
+    assert re.match(r"--device cuda needs a .*; torch \S+ sees no GPU here", done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@needs_triton
+def test_a_dry_run_knows_every_case_and_what_it_moves(gpu_cases, launches, csv):
+    assert list(launches) == gpu_cases
+    for label, (moves, *_) in launches.items():
+        _, _, shape, dtype = label.split("/")
+        nbytes = math.prod(map(int, shape.split("x"))) * BYTES[dtype]
+        assert moves.startswith(f"moves {3 * nbytes:,} bytes, "), label
+    assert launches["large/CE/16384x128256/bf16"][0] == "moves 12,608,077,824 bytes, 3.764 ms at 3350 GB/s"
+    assert not csv.exists()
+
+
+@needs_triton
+def test_a_dry_run_shows_the_launches_of_forward_and_backward(launches):
+    for label, (_, *found) in launches.items():
+        names = [launch.partition(":")[0] for launch in found]
+        assert names[0] == "forward_kernel" and names[-1] == "backward_kernel" and "sum_kernel" in names, label
+        assert all(re.search(r": grid [1-9]\d*, tile \d+ x \d+, \d+ warps, ", launch) for launch in found), label
+    split = [launch for launch in launches["few rows/CE/8x128256/bf16"] if launch.startswith("forward_kernel")]
+    assert len(split) == 2  # long rows are split over programs, and then added up
+
+
+@needs_triton
+def test_a_dry_run_takes_a_bandwidth_and_tries_other_tiles():
+    case = ("--dry-run", "--only", "large/CE/4096x32000/bf16")
+    moves = "moves 786,432,000 bytes, 0.7864 ms at 1000 GB/s"
+    assert any(line.endswith(moves) for line in lines(*case, "--bandwidth", "1000"))
+    tried = [line.strip() for line in lines(*case, "--autotune")]
+    for line, name in zip(tried[1:], ("forward_tile", "backward_tile"), strict=True):
+        found = re.fullmatch(rf"{name}: (Tile\(.*?\)) .* ms; best of (\d+): (Tile\(.*?\)) .* ms, 1.00x", line)
+        assert found and found[1] == found[3] and int(found[2]) > 10, line
+
+
+@needs_triton
+def test_a_dry_run_fails_where_a_launch_does():
+    broken = "from torchfast.losses.cross_entropy import triton_launch as t; t.backward_tile = None"
+    done = run("--dry-run", "--only", "large/CE/4096x32000/bf16", code=f"import run; {broken}; run.main()")
+    assert done.returncode == 1
+    assert "torchfast: failed: TypeError" in done.stdout
