@@ -128,18 +128,17 @@ def record(target: str, function: Any) -> list[tuple[Any, dict[str, Any], tuple[
         return compiled
 
     driver = triton.runtime.driver
-    before, backend = driver._active, triton_launch.backend
+    before = driver._active
     jits = [value for value in vars(triton_kernels).values() if isinstance(value, triton.runtime.JITFunction)]
     try:
         driver.set_active(_Driver(TARGETS[target]))
-        triton_launch.backend = lambda: TARGETS[target].backend
         triton.runtime.JITFunction.run = compile_only
         for jit in jits:
             jit.device_caches.clear()  # it caches by device, and every target is device 0
         function()
     finally:
         triton.runtime.JITFunction.run = run
-        driver._active, triton_launch.backend = before, backend
+        driver._active = before
     return launches
 
 

@@ -28,6 +28,24 @@ import triton.language as tl
 
 
 @triton.jit
+def _exp(x, FAST: tl.constexpr):
+    """exp of x <= 0; results below the normal numbers are 0.
+
+    GPUs have exp2 in one instruction, of which tl.exp makes exp(x) = exp2(x log2 e): the product's rounding costs |x|
+    roundings of the result. Enough for half-precision logits (FAST), where instructions are scarce; else x is reduced
+    by multiples of ln 2 in two parts (Cody and Waite 1980).
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    if FAST:
+        return tl.exp2(x * 1.4426950408889634)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < -87.0, 0.0, tl.exp2(r * 1.4426950408889634) * power)
+
+
+@triton.jit
 def _log1p(x):
     """log(1 + x) with the digits of a small x (Goldberg 1991, theorem 4)."""
     u = 1 + x
@@ -36,10 +54,10 @@ def _log1p(x):
 
 
 @triton.jit
-def _tanh(x):
+def _tanh(x, FAST: tl.constexpr):
     """By expm1(-2|x|), which has the digits of a small x (Kahan): (u - 1) log(u) / y with u = exp(y)."""
     y = -2 * tl.abs(x)
-    u = tl.exp(y)
+    u = _exp(y, FAST)
     easy = (u == 1) | (u == 0)
     expm1 = tl.where(u == 1, y, tl.where(u == 0, -1.0, (u - 1) * (y / tl.log(tl.where(easy, 0.5, u)))))
     magnitude = -expm1 / (2 + expm1)
@@ -51,11 +69,12 @@ def _tanh(x):
 
 @triton.jit
 def _load_z(logits, offsets, mask, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    FAST: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     z = tl.load(logits + offsets, mask=mask, other=-float("inf")).to(ACC)
     if SCALED:
         z = z * scale
     if CAPPED:
-        z = cap * _tanh(z / cap)
+        z = cap * _tanh(z / cap, FAST)
     if SCALED or CAPPED:
         z = tl.where(mask, z, -float("inf"))
     return z
@@ -74,14 +93,14 @@ def _load_u(target, offsets, wa, wa_stride, c, classes, mask, keep, uniform, PRO
 
 
 @triton.jit
-def _p_and_rest(d, rest, inverse):
+def _p_and_rest(d, rest, inverse, FAST: tl.constexpr):
     """p and 1 - p, from d = z - m and inverse = 1 / (1 + rest)."""
-    p = tl.exp(d) * inverse
+    p = _exp(d, FAST) * inverse
     return p, tl.where(d == 0, rest * inverse, 1 - p)  # only the largest, d = 0, can have p > 1/2
 
 
 @triton.jit
-def _psi(minus_log_p, p, rest_p, gamma, FOCAL: tl.constexpr):
+def _psi(minus_log_p, p, rest_p, gamma, FOCAL: tl.constexpr, FAST: tl.constexpr):
     """(1 - p)^gamma, and psi. FOCAL: 0 is gamma 0, 2 is gamma 2, 1 any other."""
     p_log = tl.where(p == 0, 0.0, p * minus_log_p)
     if FOCAL == 0:
@@ -91,17 +110,32 @@ def _psi(minus_log_p, p, rest_p, gamma, FOCAL: tl.constexpr):
         modulation = tl.where(p > 0.5, rest_p * rest_p, 1 + p * (p - 2))
         psi = -(modulation + 2 * p_log * rest_p)
     else:
-        modulation = tl.where(rest_p == 0, 0.0, tl.exp(gamma * tl.log(rest_p)))
+        modulation = tl.where(rest_p == 0, 0.0, _exp(gamma * tl.log(rest_p), FAST))
         psi = -modulation * (1 + gamma * tl.where(rest_p == 0, p, p_log / rest_p))
     return modulation, psi
 
 
 @triton.jit
-def _merge_lanes(m, rest):
+def _pair(a, b, FAST: tl.constexpr):
+    """(m, rest) of two logits."""
+    return tl.maximum(a, b), tl.where(a == b, 1.0, _exp(-tl.abs(a - b), FAST))
+
+
+@triton.jit
+def _merge(m, rest, m_b, rest_b, FAST: tl.constexpr):
+    """(m, rest) of two sets of logits."""
+    larger = m_b > m
+    e = tl.where(m == m_b, 1.0, _exp(-tl.abs(m - m_b), FAST))
+    rest = tl.where(larger, rest_b, rest) + (tl.where(larger, rest, rest_b) + 1) * e
+    return tl.maximum(m, m_b), rest
+
+
+@triton.jit
+def _merge_lanes(m, rest, FAST: tl.constexpr):
     """(m, rest) of each row from those of its lanes; rest = -1 is a lane that saw nothing."""
     top = tl.max(m, axis=1)
     tops = m == top[:, None]
-    below = tl.where(tops, rest, (rest + 1) * tl.exp(m - top[:, None]))
+    below = tl.where(tops, rest, (rest + 1) * _exp(m - top[:, None], FAST))
     return top, tl.sum(below, axis=1) + (tl.sum(tops.to(rest.dtype), axis=1) - 1)
 
 
@@ -154,6 +188,58 @@ def _row_target(target, sample_weight, row, in_range, ignore_index, classes, PRO
 
 # ---- Forward ----------------------------------------------------------------------------------
 
+
+@triton.jit
+def _step(
+    start,
+    shift,
+    tensors,
+    place,
+    strides,
+    numbers,
+    FIRST: tl.constexpr,
+    PROB: tl.constexpr,
+    LINEAR: tl.constexpr,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    CLASSES_MINOR: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A block of classes in two halves: (m, rest) of each pair. With LINEAR also the sums of u and u (z - shift), of
+    which sum u log p is made; the first half's maximum becomes the shift, about m, which keeps the digits. An index
+    target's u are in units of `uniform`: one rounding at the end instead of one in each term."""
+    FAST: tl.constexpr = tensors[0].dtype.element_ty.primitive_bitwidth == 16
+    logits, target, wa = tensors
+    outer, i, read, classes_end = place
+    x_outer, x_row, x_class, y_outer, y_row, y_class, wa_stride = strides
+    keep, uniform, cap, scale = numbers
+    unit = uniform if PROB else tl.full([], 1.0, ACC)
+    c = start + tl.arange(0, BLOCK // 2)
+    for half in tl.static_range(2):
+        c_half = c + half * (BLOCK // 2)
+        mask = read[:, None] & (c_half < classes_end)[None, :]
+        offsets = _offsets(outer, i, c_half, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+        z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
+        if LINEAR:
+            if FIRST and half == 0:
+                shift = tl.max(z, axis=1)
+                shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+            y_offsets = _offsets(outer, i, c_half, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+            u = _load_u(target, y_offsets, wa, wa_stride, c_half, classes_end, mask, keep, unit, PROB, ACC)
+            uz = tl.where(u == 0, 0.0, u * (z - shift[:, None]))
+        else:
+            u, uz = z, z
+        if half == 0:
+            z_first, u_sums, uz_sums = z, u, uz
+        else:
+            m, rest = _pair(z_first, z, FAST)
+            u_sums += u
+            uz_sums += uz
+    return m, rest, u_sums, uz_sums, shift
+
+
 #: What a launch of the forward does: the whole, or one of the stages over split rows.
 WHOLE, SCAN, SUM, FINISH = (tl.constexpr(stage) for stage in range(4))
 
@@ -202,6 +288,7 @@ def forward_kernel(
     CLASSES_MINOR: tl.constexpr,
 ):
     ACC: tl.constexpr = loss.dtype.element_ty
+    FAST: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     keep, uniform, gamma = tl.full([], keep, ACC), tl.full([], uniform, ACC), tl.full([], gamma, ACC)
     z_loss, cap, scale = tl.full([], z_loss, ACC), tl.full([], cap, ACC), tl.full([], scale, ACC)
     LINEAR: tl.constexpr = DENSE and FOCAL == 0  # sum u log p needs no p: one pass is enough
@@ -220,33 +307,50 @@ def forward_kernel(
     classes_end = _in_vectors(classes, VEC, CLASSES_MINOR)
 
     if STAGE == WHOLE or STAGE == SCAN:
-        c = first + tl.arange(0, BLOCK)
-        mask = read[:, None] & (c < classes_end)[None, :]
-        offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
-        z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
-        m, rest = z, tl.zeros([M, BLOCK], ACC)
-        if LINEAR:  # sums of u and of u (z - shift): a shift of about m keeps the digits of the difference
-            y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
-            u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
-            shift = tl.max(z, axis=1)
-            shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-            u_sums = u
-            uz_sums = tl.where(u == 0, 0.0, u * (z - shift[:, None]))
+        tensors, place = (logits, target, wa), (outer, i, read, classes_end)
+        strides = (x_outer, x_row, x_class, y_outer, y_row, y_class, wa_stride)
+        numbers = (keep, uniform, cap, scale)
+        m, rest, u_sums, uz_sums, shift = _step(
+            first,
+            tl.zeros([M], ACC),
+            tensors,
+            place,
+            strides,
+            numbers,
+            True,
+            PROB,
+            LINEAR,
+            SCALED,
+            CAPPED,
+            BLOCK,
+            VEC,
+            CLASSES_MINOR,
+            ACC,
+        )
         if not ONE_BLOCK:
             for start in range(first + BLOCK, end, BLOCK):
-                c = start + tl.arange(0, BLOCK)
-                mask = read[:, None] & (c < classes_end)[None, :]
-                offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
-                z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
-                e = tl.where(z == m, 1.0, tl.exp(-tl.abs(z - m)))
-                rest = tl.where(z > m, (rest + 1) * e, rest + e)
-                m = tl.maximum(m, z)
+                m_b, rest_b, u, uz, _ = _step(
+                    start,
+                    shift,
+                    tensors,
+                    place,
+                    strides,
+                    numbers,
+                    False,
+                    PROB,
+                    LINEAR,
+                    SCALED,
+                    CAPPED,
+                    BLOCK,
+                    VEC,
+                    CLASSES_MINOR,
+                    ACC,
+                )
+                m, rest = _merge(m, rest, m_b, rest_b, FAST)
                 if LINEAR:
-                    y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
-                    u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
                     u_sums += u
-                    uz_sums += tl.where(u == 0, 0.0, u * (z - shift[:, None]))
-        m, rest = _merge_lanes(m, rest)
+                    uz_sums += uz
+        m, rest = _merge_lanes(m, rest, FAST)
         if LINEAR:
             u_sum, uz_sum = tl.sum(u_sums, axis=1), tl.sum(uz_sums, axis=1)
     else:
@@ -255,7 +359,7 @@ def forward_kernel(
         there = in_range[:, None] & (k < splits)[None, :]
         plane = splits.to(tl.int64) * rows
         m = tl.load(at, mask=there, other=-float("inf"))
-        m, rest = _merge_lanes(m, tl.load(at + plane, mask=there, other=-1.0))
+        m, rest = _merge_lanes(m, tl.load(at + plane, mask=there, other=-1.0), FAST)
         if LINEAR:
             shifts = tl.load(at + 4 * plane, mask=there, other=-float("inf"))
             shift = tl.max(shifts, axis=1)
@@ -279,6 +383,8 @@ def forward_kernel(
         row_loss = tl.zeros([M], ACC)
         sum_u_psi = tl.zeros([M], ACC)
         if LINEAR:
+            if not PROB:
+                u_sum, uz_sum = u_sum * uniform, uz_sum * uniform
             row_loss = tl.where(u_sum == 0, 0.0, u_sum * ((m - shift) + log_rest)) - uz_sum
             sum_u_psi = -u_sum
         if DENSE and FOCAL > 0:
@@ -287,19 +393,19 @@ def forward_kernel(
                 row_loss = tl.sum(tl.load(at + 2 * plane, mask=there, other=0.0), axis=1)
                 sum_u_psi = tl.sum(tl.load(at + 3 * plane, mask=there, other=0.0), axis=1)
             else:
-                losses = tl.zeros([M, BLOCK], ACC)
-                u_psis = tl.zeros([M, BLOCK], ACC)
-                for start in range(first, end, BLOCK):
-                    c = start + tl.arange(0, BLOCK)
+                HALF: tl.constexpr = BLOCK // 2
+                losses = tl.zeros([M, HALF], ACC)
+                u_psis = tl.zeros([M, HALF], ACC)
+                for start in range(first, end, HALF):
+                    c = start + tl.arange(0, HALF)
                     mask = read[:, None] & (c < classes_end)[None, :]
-                    if not ONE_BLOCK:
-                        offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
-                        z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
+                    offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+                    z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
                     y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
                     u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
                     d = z - m[:, None]
-                    p, rest_p = _p_and_rest(d, rest[:, None], inverse[:, None])
-                    modulation, psi = _psi(log_rest[:, None] - d, p, rest_p, gamma, FOCAL)
+                    p, rest_p = _p_and_rest(d, rest[:, None], inverse[:, None], FAST)
+                    modulation, psi = _psi(log_rest[:, None] - d, p, rest_p, gamma, FOCAL, FAST)
                     losses += tl.where(u == 0, 0.0, u * modulation * (log_rest[:, None] - d))
                     u_psis += tl.where(u == 0, 0.0, u * psi)
                 row_loss, sum_u_psi = tl.sum(losses, axis=1), tl.sum(u_psis, axis=1)
@@ -323,8 +429,8 @@ def forward_kernel(
                     ACC,
                 )
                 d = z - m
-                p, rest_p = _p_and_rest(d, rest, inverse)
-                modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL)
+                p, rest_p = _p_and_rest(d, rest, inverse, FAST)
+                modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL, FAST)
                 row_loss += tl.where(u == 0, 0.0, u * modulation * (log_rest - d))
                 sum_u_psi += tl.where(u == 0, 0.0, u * psi)
             if Z:
@@ -417,6 +523,7 @@ def backward_kernel(
     CLASSES_MINOR: tl.constexpr,
 ):
     ACC: tl.constexpr = residuals.dtype.element_ty
+    FAST: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     keep, uniform, gamma = tl.full([], keep, ACC), tl.full([], uniform, ACC), tl.full([], gamma, ACC)
     z_loss, cap, scale = tl.full([], z_loss, ACC), tl.full([], cap, ACC), tl.full([], scale, ACC)
     spans = tl.cdiv(tl.cdiv(classes, BLOCK), steps)
@@ -447,14 +554,14 @@ def backward_kernel(
         offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
         z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
         d = z - m
-        p, rest_p = _p_and_rest(d, rest, inverse)
+        p, rest_p = _p_and_rest(d, rest, inverse, FAST)
         if DENSE:
             y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
             u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
             if not PROB:
                 u += tl.where(c[None, :] == t[:, None], own[:, None], 0.0)
             if FOCAL > 0:
-                modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL)
+                modulation, psi = _psi(log_rest - d, p, rest_p, gamma, FOCAL, FAST)
                 u_psi = tl.where(u == 0, 0.0, u * psi)
             else:
                 u_psi = -u

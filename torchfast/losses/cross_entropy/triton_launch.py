@@ -55,15 +55,15 @@ def forward_tile(shape: Shape) -> Tile:
     Along positions a thread owns vectors of positions, so that it sums over its classes alone.
     """
     if not shape.classes_minor:
-        return _positions_tile(shape)
+        return _positions_tile(shape, at_least=2)
     in_registers = shape.classes <= 512 * shape.each
-    return _rows_tile(_power_of_2(shape.classes) if in_registers else 256 * shape.each, shape)
+    return _rows_tile(max(2, _power_of_2(shape.classes)) if in_registers else 256 * shape.each, shape)
 
 
 def backward_tile(shape: Shape) -> Tile:
     """As in the forward; but nothing is summed over the row, so blocks can be shorter."""
     if not shape.classes_minor:
-        return _positions_tile(shape)
+        return _positions_tile(shape, at_least=1)
     return _rows_tile(min(_power_of_2(shape.classes), 128 * shape.each), shape)
 
 
@@ -75,22 +75,12 @@ def _rows_tile(block: int, shape: Shape) -> Tile:
     return Tile(rows, block, max(1, warps, 4 * rows // (4 * at_once) if rows > 4 else 1))
 
 
-def _positions_tile(shape: Shape) -> Tile:
-    positions = min(128 * 16 // shape.itemsize, _power_of_2(shape.inner))  # a vector for each of 4 warps' threads
-    block = min(_power_of_2(shape.classes), max(1, 128 * shape.each // positions))
+def _positions_tile(shape: Shape, at_least: int) -> Tile:
+    """A vector of positions for each of 4 warps' threads; half a vector where that makes too many elements."""
+    vector = min(16 // shape.itemsize, shape.each // at_least)
+    positions = min(128 * vector, _power_of_2(shape.inner))
+    block = min(max(at_least, _power_of_2(shape.classes)), max(at_least, 128 * shape.each // positions))
     return Tile(positions, block, max(1, positions * block // (32 * shape.each)))
-
-
-def _compiler_options(shape: Shape, tile: Tile) -> dict[str, int]:
-    """For the forward, whose sums must not be spilled: ptxas spills a few where that lets one more block reside."""
-    if backend() != "cuda" or not shape.many_temporaries:
-        return {}
-    return {"maxnreg": min(255, 65536 // (32 * tile.warps))}
-
-
-def backend() -> str | None:
-    """What Triton compiles for here."""
-    return "cuda" if torch.version.cuda else "hip" if torch.version.hip else None
 
 
 def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int) -> int:
@@ -283,7 +273,6 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
             SPLITS=_power_of_2(splits),
             ONE_BLOCK=blocks == 1,
             num_warps=tile.warps,
-            **_compiler_options(call.shape, tile),
         )
 
     with call.on_device():
