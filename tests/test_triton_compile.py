@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing; the default run does", allow_module_level=True)
 
 import triton_audit
-from triton_audit import ALIGNED, TARGETS, Config, check_in_flight, check_spills, check_vectors
+from triton_audit import ALIGNED, TARGETS, Config, check_in_flight, check_issue, check_spills, check_vectors
 
 from torchfast.losses.cross_entropy import triton_kernels, triton_launch
 
@@ -58,6 +58,16 @@ def test_aligned_logits_move_in_128_bit_accesses_once_a_pass(target, kernels):
 def test_registers_leave_enough_bytes_in_flight(target, kernels):
     for kernel in plain_and_aligned(kernels, target):
         check_in_flight(kernel)
+
+
+def test_arithmetic_leaves_the_memory_busy(kernels):
+    """For 16 and 32 bits a logit. In fp64 an H100 has half of the lanes: it computes as long as it reads."""
+    checked = 0
+    for kernel in plain_and_aligned(kernels, "sm_90"):
+        if kernel.config.dtype != torch.float64 and kernel.loop:
+            check_issue(kernel)
+            checked += 1
+    assert checked > 2 * len(ALIGNED)
 
 
 def test_every_tile_and_stage_was_compiled(kernels):

@@ -154,7 +154,7 @@ def check(op: Op, device: str, dtype: torch.dtype) -> Row:
     key = torch.device(device).type.upper()
     row = Row(op.name, device, _kernel(op.name, key), str(dtype).removeprefix("torch."))
     try:
-        samples = list(op.sample_inputs(device, dtype))
+        samples = list(op.sample_inputs(device, dtype, large=True))
         if not samples:
             raise ValueError("there are none, so nothing was checked")
     except Exception as error:

@@ -205,8 +205,8 @@ def focal_loss(
 # ---- Sample inputs: what the generic tests, selftest and benchmarks run ----------------------
 
 
-def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
-    """One call per kernel path and option: short and long rows, strided and channels_last."""
+def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, large: bool = False) -> Iterator[Sample]:
+    """One call per option and layout; with ``large`` also one per way in which a kernel shares out its work."""
     g = torch.Generator(device="cpu").manual_seed(0)
 
     def logits(*shape: int) -> Tensor:
@@ -233,6 +233,15 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> It
     yield Sample((image, labels), {"gamma": 1.0})
     yield Sample((image.contiguous(memory_format=torch.channels_last), labels), {"label_smoothing": 0.1})
     yield Sample((logits(70, 6).t(), indices(70, 6)), {"normalizer": 3.0})
+    if not large:
+        return
+    shapes = [(2, 24000), (2, 20011), (40, 1000), (2, 19, 24, 40)]  # rows split, ragged, whole; positions
+    if torch.device(device).type != "cpu":
+        shapes.append((300, 9000))  # rows walked by one program each
+    for shape in shapes:
+        x, t = logits(*shape), indices(shape[1], shape[0], *shape[2:])
+        yield Sample((x, t), {})
+        yield Sample((x, t, positive(shape[1])), {"gamma": 2.0, "label_smoothing": 0.1, "reduction": "sum"})
 
 
 # ---- Registration: csrc/cpu/cross_entropy.cpp serves the CPU, triton_kernels.py GPUs ---------
