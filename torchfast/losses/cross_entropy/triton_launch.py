@@ -26,6 +26,10 @@ from torchfast.losses.cross_entropy.triton_kernels import (
 )
 
 
+#: Threads of a warp. AMD's RDNA has 32, which makes its programs smaller, not wrong.
+WARP = 64 if torch.version.hip else 32
+
+
 class Tile(NamedTuple):
     M: int
     BLOCK: int
@@ -45,12 +49,12 @@ class Shape(NamedTuple):
     @property
     def each(self) -> int:
         """Elements of a thread: 16 are enough loads in flight, and with the sums of each no spill. Half where the
-        formula needs many temporaries (softcap's tanh, a focal loss over all classes), half in fp64."""
-        return 16 // (2 if self.many_temporaries else 1) // (2 if self.itemsize == 8 else 1)
+        formula needs many temporaries (softcap's tanh, a focal loss over all classes), a quarter in fp64."""
+        return 16 // (2 if self.many_temporaries else 1) // (4 if self.itemsize == 8 else 1)
 
 
 def forward_tile(shape: Shape) -> Tile:
-    """Rows up to 16 full warps stay in registers; longer ones are walked in blocks of half of that.
+    """Rows that fill up to 512 threads stay in registers; longer ones are walked in blocks of half of that.
 
     Along positions a thread owns vectors of positions, so that it sums over its classes alone.
     """
@@ -68,19 +72,23 @@ def backward_tile(shape: Shape) -> Tile:
 
 
 def _rows_tile(block: int, shape: Shape) -> Tile:
-    """4 full warps; fewer rows where a thread would own elements of more than 4: a row's numbers cost registers."""
-    at_once = max(1, 128 * min(shape.vec, block) // block)  # rows that 4 warps own at a time
+    """128 threads; fewer rows where a thread would own elements of more than 4: a row's numbers cost registers."""
+    at_once = max(1, 128 * min(shape.vec, block) // block)  # rows that 128 threads own at a time
     rows = max(1, min(128 * shape.each // block, 4 * at_once, _power_of_2(shape.inner)))
-    warps = rows * block // (32 * shape.each)
-    return Tile(rows, block, max(1, warps, 4 * rows // (4 * at_once) if rows > 4 else 1))
+    threads = rows * block // shape.each
+    return _tile(rows, block, max(threads, 32 * rows // at_once if rows > 4 else 0))
 
 
 def _positions_tile(shape: Shape, at_least: int) -> Tile:
-    """A vector of positions for each of 4 warps' threads; half a vector where that makes too many elements."""
-    vector = min(16 // shape.itemsize, shape.each // at_least)
+    """A vector of positions for each of 128 threads; half a vector where that makes too many elements."""
+    vector = max(1, min(16 // shape.itemsize, shape.each // at_least))
     positions = min(128 * vector, _power_of_2(shape.inner))
     block = min(max(at_least, _power_of_2(shape.classes)), max(at_least, 128 * shape.each // positions))
-    return Tile(positions, block, max(1, positions * block // (32 * shape.each)))
+    return _tile(positions, block, positions * block // shape.each)
+
+
+def _tile(rows: int, block: int, threads: int) -> Tile:
+    return Tile(rows, block, max(1, threads // WARP))
 
 
 def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int) -> int:
@@ -242,7 +250,7 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
     row_blocks = call.row_blocks(tile.M)
     splits = splits_of(row_blocks, blocks, _processors(call.device)) if call.rows else 1
     # Split rows are finished a few at a time, with the results of all their splits.
-    last = tile if splits == 1 else tile._replace(M=min(tile.M, max(1, 512 // _power_of_2(splits))), warps=4)
+    last = tile if splits == 1 else _tile(min(tile.M, max(1, 512 // _power_of_2(splits))), tile.BLOCK, 128)
     programs = call.row_blocks(last.M)
     sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if call.reduction else loss
 
