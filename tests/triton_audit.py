@@ -218,7 +218,7 @@ def _amd(assembly: str) -> dict[str, Any]:
     for kind, what in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly):
         widths[kind][names.get(what, 8 if "byte" in what else 16)] += 1
     assert widths["load"], "no loads: is the assembly read rightly?"
-    spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    spilled = ("vgpr_spill_count", "private_segment_fixed_size")  # scalars are spilled to vector registers
     return {
         "registers": int(fields["vgpr_count"]),
         "spilled": sum(int(fields[name]) for name in spilled),
