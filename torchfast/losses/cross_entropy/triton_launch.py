@@ -25,7 +25,6 @@ from torchfast.losses.cross_entropy.triton_kernels import (
     sum_kernel,
 )
 
-
 #: Threads of a warp. AMD's RDNA has 32, which makes its programs smaller, not wrong.
 WARP = 64 if torch.version.hip else 32
 
