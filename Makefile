@@ -26,7 +26,7 @@ test: setup lint types
 	$(BIN)/python -m pytest -q
 	TORCHFAST_ISA=avx2 $(BIN)/python -m pytest -q tests/test_cross_entropy.py
 	TORCHFAST_ISA=baseline $(BIN)/python -m pytest -q tests/test_cross_entropy.py
-	$(BIN)/python -m pytest -q --kernel reference --deselect tests/test_install.py
+	$(BIN)/python -m pytest -q --kernel reference --deselect tests/test_install.py -n auto
 	$(BIN)/python -m pytest -q --kernel triton --deselect tests/test_install.py -n auto
 
 lint: setup

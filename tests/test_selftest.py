@@ -112,7 +112,8 @@ def test_json_holds_every_row_of_the_wanted_device(kernel: str, device: str) -> 
     ]
     for row in content["rows"]:
         assert (row["device"], row["kernel"], row["failures"]) == (device, kernel, [])
-        assert row["samples"] == len(list(registry[row["op"]].sample_inputs(large=True))) and 0 < row["max_error"] < 1
+        samples = registry[row["op"]].sample_inputs(large=kernel != "triton")
+        assert row["samples"] == len(list(samples)) and 0 < row["max_error"] < 1
 
 
 def test_planted_kernels_that_are_right_pass(report: Any, device: str) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from torchfast import _triton
 from torchfast._register import Op, Sample, registry
 from torchfast.info import _guard, _kernel, report
 
@@ -154,7 +155,8 @@ def check(op: Op, device: str, dtype: torch.dtype) -> Row:
     key = torch.device(device).type.upper()
     row = Row(op.name, device, _kernel(op.name, key), str(dtype).removeprefix("torch."))
     try:
-        samples = list(op.sample_inputs(device, dtype, large=True))
+        large = not _triton.interpreted()  # Triton's interpreter takes minutes for these
+        samples = list(op.sample_inputs(device, dtype, large=large))
         if not samples:
             raise ValueError("there are none, so nothing was checked")
     except Exception as error:
