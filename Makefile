@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
 PY_CODE := setup.py torchfast tests benchmarks examples
-CPP_CODE := $(shell find csrc -type f)
+CPP_CODE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: setup demo test lint types bench clean
 
@@ -22,12 +22,15 @@ setup: .venv/built
 demo: setup
 	$(BIN)/python examples/train_digits.py
 
+LOSSES := tests/test_cross_entropy.py tests/test_sigmoid_focal_loss.py
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
+
 test: setup lint types
-	$(BIN)/python -m pytest -q
-	TORCHFAST_ISA=avx2 $(BIN)/python -m pytest -q tests/test_cross_entropy.py
-	TORCHFAST_ISA=baseline $(BIN)/python -m pytest -q tests/test_cross_entropy.py
-	$(BIN)/python -m pytest -q --kernel reference --deselect tests/test_install.py -n auto
-	$(BIN)/python -m pytest -q --kernel triton --deselect tests/test_install.py -n auto
+	$(PYTEST)
+	TORCHFAST_ISA=avx2 $(PYTEST) $(LOSSES)
+	TORCHFAST_ISA=baseline $(PYTEST) $(LOSSES)
+	$(PYTEST) --kernel reference --deselect tests/test_install.py
+	$(BIN)/python -m pytest -q -n auto --kernel triton --deselect tests/test_install.py
 
 lint: setup
 	$(BIN)/ruff check $(PY_CODE)

@@ -1,7 +1,7 @@
 """What is measured. A case is data: fresh inputs, contenders, the truth in fp64, and the aims.
 
 The inputs' first tensor is the one differentiated. A contender takes the inputs and returns the
-tensor to differentiate; one that needs no gradient is timed forward only. ``run.py`` adds
+tensor to differentiate; where that needs no gradient, as a metric's, both times are of the call. ``run.py`` adds
 torch.compile of "eager" and the floors (copy, clone) to every case. ``cases()`` are the CPU's,
 ``gpu_cases()`` the GPU's, set up on the device: some would not fit in the host's memory.
 """
@@ -26,11 +26,12 @@ Step = Callable[..., Tensor]
 
 
 class Aims(NamedTuple):
-    """At least so many times faster than a peer; at most so many times logits.clone()."""
+    """At least so many times faster than a peer; at most so many times logits.clone(), or reading all inputs."""
 
     eager: float | None = None
     compile: float | None = None
     clone: float | None = None
+    read: float | None = None
 
 
 NO_AIMS = Aims()
@@ -59,6 +60,17 @@ class Case:
     contenders: dict[str, Step]
     truth: Callable[..., Truth]
     aims: Aims
+    floors: dict[str, Step] = dataclasses.field(default_factory=dict)
+    """Besides copy_ and clone."""
+    slow: bool = False
+    """Has contenders that are too slow for --quick."""
+    read_too: int = 0
+    """Tensors of the logits' size and dtype that both passes must read besides them."""
+
+    @property
+    def moved(self) -> int:
+        """Bytes that loss and gradient must at least move: forward reads, backward reads and writes."""
+        return (3 + 2 * self.read_too) * math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def label(self) -> str:
@@ -73,7 +85,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 PEER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-FLOORS = ("copy_", "clone")
+FLOORS = ("copy_", "clone", "read")
 
 
 def timings(name: str) -> tuple[str, ...]:
@@ -216,6 +228,99 @@ def softmax_case(
     )
 
 
+# ---- Sigmoid losses --------------------------------------------------------------------------
+
+
+class Sigmoid(NamedTuple):
+    name: str
+    alpha: float = 0.25
+    gamma: float = 2.0
+    gamma_neg: float = 2.0
+    clip: float = 0.0
+    ids: bool = False
+    """The targets are class ids, of which other formulas make their one-hot form."""
+
+
+SIGMOID_FOCAL = Sigmoid("focal")
+SIGMOID_IDS = Sigmoid("focal class ids", ids=True)
+BCE = Sigmoid("BCE", alpha=-1.0, gamma=0.0, gamma_neg=0.0)
+ASYMMETRIC = Sigmoid("asymmetric", alpha=-1.0, gamma=1.0, gamma_neg=4.0, clip=0.05)
+
+
+def sigmoid_inputs(shape: tuple[int, int], dtype: torch.dtype, loss: Sigmoid, device: str) -> Inputs:
+    """Logits, targets and their float form. One label a row, whose logit is raised by 0 to 12; a tenth has none."""
+    rows, classes = shape
+    ids = torch.randint(classes, (rows,), device=device)
+    logits = torch.randn(shape, device=device).mul_(2)
+    logits.scatter_add_(1, ids.unsqueeze(1), 12 * torch.rand(rows, device=device).unsqueeze(1))
+    one_hot = F.one_hot(ids, classes).to(dtype)
+    background = torch.rand(rows, device=device) < 0.1
+    one_hot[background] = 0
+    ids[background] = -1
+    return logits.to(dtype).requires_grad_(), ids if loss.ids else one_hot, one_hot
+
+
+def sigmoid_eager(loss: Sigmoid, logits: Tensor, y: Tensor) -> Tensor:
+    """torchvision's sigmoid_focal_loss, PyTorch's own binary cross entropy, timm's asymmetric loss."""
+    if loss.gamma == loss.gamma_neg == 0:
+        return F.binary_cross_entropy_with_logits(logits, y)
+    p = torch.sigmoid(logits)
+    if loss.clip:
+        q = (1 - p + loss.clip).clamp(max=1)
+        log = y * torch.log(p.clamp(min=1e-8)) + (1 - y) * torch.log(q.clamp(min=1e-8))
+        pt = p * y + q * (1 - y)
+        return -(log * (1 - pt) ** (loss.gamma * y + loss.gamma_neg * (1 - y))).mean()
+    ce = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    pt = p * y + (1 - p) * (1 - y)
+    return ((loss.alpha * y + (1 - loss.alpha) * (1 - y)) * ce * (1 - pt) ** loss.gamma).mean()
+
+
+def sigmoid_contenders(loss: Sigmoid) -> dict[str, Step]:
+    options = {"gamma_neg": loss.gamma_neg, "clip": loss.clip, "reduction": "mean"}
+
+    def fast(logits: Tensor, target: Tensor, one_hot: Tensor) -> Tensor:
+        return torchfast.sigmoid_focal_loss(logits, target, loss.alpha, loss.gamma, **options)
+
+    def fast_one_hot(logits: Tensor, target: Tensor, one_hot: Tensor) -> Tensor:
+        return torchfast.sigmoid_focal_loss(logits, one_hot, loss.alpha, loss.gamma, **options)
+
+    def eager(logits: Tensor, target: Tensor, one_hot: Tensor) -> Tensor:
+        if loss.ids:  # -1 becomes a class that is dropped
+            target = F.one_hot(target % (logits.shape[1] + 1), logits.shape[1] + 1)[:, :-1].to(logits.dtype)
+        return sigmoid_eager(loss, logits, target)
+
+    return {"torchfast": fast, "eager": eager} | ({"torchfast one-hot": fast_one_hot} if loss.ids else {})
+
+
+def sigmoid_truth(loss: Sigmoid, logits: Tensor, _: Tensor, one_hot: Tensor) -> Truth:
+    """In fp64 chunks of rows: the loss of all, and the gradient of a few."""
+    x, y = logits.detach(), one_hot
+    chunk = max(1, 2**20 // x.shape[1])
+    chunks = zip(x.split(chunk), y.split(chunk), strict=True)
+    sums = (sigmoid_eager(loss, a.double(), b.double()) * a.numel() for a, b in chunks)
+    stride = math.ceil(x.shape[0] / chunk)
+    sample = x[::stride].double().requires_grad_()
+    part = sigmoid_eager(loss, sample, y[::stride].double()) * sample.numel() / x.numel()
+    gradient = torch.autograd.grad(part, sample)[0]
+    return Truth((sum(sums) / x.numel()).item(), gradient, lambda full: full[::stride])
+
+
+def sigmoid_case(
+    family: str, loss: Sigmoid, shape: tuple[int, int], dtype: torch.dtype = torch.float32, aims: Aims = NO_AIMS
+) -> Case:
+    return Case(
+        family,
+        loss.name,
+        shape,
+        dtype,
+        lambda device: sigmoid_inputs(shape, dtype, loss, device),
+        sigmoid_contenders(loss),
+        lambda *inputs: sigmoid_truth(loss, *inputs),
+        aims,
+        read_too=int(not loss.ids),
+    )
+
+
 LARGE = ((16384, 1000), (2048, 32000), (512, 128256))
 
 
@@ -237,6 +342,11 @@ def cases() -> Iterator[Case]:
             yield softmax_case("segmentation", loss, (4, 19, 512, 512), aims=aims, channels_last=channels_last)
     for shape in LARGE[:2]:
         yield softmax_case("ignored rows", CE, shape, aims=Aims(eager=4, compile=2.5, clone=0.8), ignored=0.5)
+    for dtype in DTYPES:
+        for shape in (4096, 4096), (100_000, 80):
+            for loss in SIGMOID_FOCAL, SIGMOID_IDS, BCE, ASYMMETRIC:
+                aims = NO_AIMS if loss is BCE else Aims(eager=10, compile=2, clone=2)
+                yield sigmoid_case("sigmoid", loss, shape, dtype, aims)
     for shape in (128, 10), (8, 2):
         yield softmax_case("tiny", CE, shape, aims=Aims(eager=1))
         yield softmax_case("tiny", FOCAL, shape, aims=Aims(eager=2))
@@ -259,6 +369,10 @@ def gpu_cases() -> Iterator[Case]:
     }.items():
         for dtype in dtypes:
             yield from all_losses("large", shape, dtype)
+    for shape in (16384, 4096), (1_000_000, 80):
+        for dtype in both:
+            for loss in SIGMOID_FOCAL, SIGMOID_IDS, ASYMMETRIC:
+                yield sigmoid_case("sigmoid", loss, shape, dtype)
     for family, shape in ("few rows", (8, 128256)), ("small classes", (1_000_000, 10)):
         for dtype in both:
             yield from all_losses(family, shape, dtype)

@@ -23,12 +23,13 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 COLORS = {
     "torchfast": "#d1495b",
+    "torchfast one-hot": "#e8a0a8",
     "torch.compile": "#66a182",
     "liger": "#edae49",
     "eager": "#8d96a3",
     "clone": "#2e4057",
 }
-BARS = ("torchfast", "torch.compile", "liger", "eager")
+BARS = ("torchfast", "torchfast one-hot", "torch.compile", "liger", "eager")
 
 Row = dict[str, str]
 
@@ -109,7 +110,8 @@ def family_picture(rows: list[Row], family: str) -> Figure:
     for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
         bars(axes, cases, dtype)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
-    figure.suptitle(f"{family}: loss + gradient", x=0.01, ha="left", fontsize=11)
+    what = "NDCG@10, MRR and MAP" if family.startswith("ranking") else "loss + gradient"
+    figure.suptitle(f"{family}: {what}", x=0.01, ha="left", fontsize=11)
     return figure
 
 

@@ -11,7 +11,7 @@ contenders take turns (A B C A B C ...), so that a noisy neighbour slows all of 
 the median. Inputs larger than the L2 caches are read from memory anyway, smaller ones are rotated.
 Freeing memory is outside the clock, for the floors as for everyone; allocating it is inside.
 Only ratios within one run mean anything. Every row is appended to a CSV; ``plot.py`` draws it.
-The cases are in ``cases.py``.
+The cases are in ``cases.py`` and ``ranking.py``. A metric has no gradient: both its times are of the call.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from cases import (
     DTYPES,
+    FLOORS,
     PEER_TOLERANCE,
     TOLERANCE,
     Aims,
@@ -47,6 +48,7 @@ from cases import (
     private,
     timings,
 )
+from ranking import ranking_cases
 from rich.console import Console
 from rich.table import Table
 
@@ -167,7 +169,8 @@ def check_gpu(dry_run: bool) -> None:
 def errors(name: str, step: Step, inputs: Inputs, truth: Truth) -> tuple[float, float]:
     inputs = private(name, inputs)
     loss = step(*inputs)
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     gradient, inputs[0].grad = inputs[0].grad, None
     return truth.errors(loss, gradient)
 
@@ -211,6 +214,7 @@ def measure(case: Case, args: argparse.Namespace, machine: Cpu | Gpu) -> list[Ro
     found = verify(case, steps, first, truth)
     into = first[0].detach().clone()
     floors = {"copy_": lambda x, *_: into.copy_(x.detach()), "clone": lambda x, *_: x.detach().clone()}
+    floors |= case.floors
     timed = {name: step for name, step in (steps | floors).items() if not found.get(name, {}).get("note")}
 
     peaks = {name: machine.peak_memory(step, private(name, first)) for name, step in timed.items()}
@@ -300,10 +304,10 @@ def verdict(aims: Aims, ratios: Aims) -> str:
     for peer, aim, got in zip(Aims._fields, aims, ratios, strict=True):
         if aim is None or got is None:
             continue
-        far = got > 2 * aim if peer == "clone" else got < max(aim / 2, 0.95)  # 5% is noise
+        far = got > 2 * aim if peer in FLOORS else got < max(aim / 2, 0.95)  # 5% is noise
         if far:
             missed.append(peer)
-        elif got > aim if peer == "clone" else got < aim:
+        elif got > aim if peer in FLOORS else got < aim:
             below.append(peer)
     if missed:
         return f"[red]missed: {', '.join(missed)}"
@@ -311,20 +315,26 @@ def verdict(aims: Aims, ratios: Aims) -> str:
 
 
 def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
-    title = "forward + backward; medians; eager and compile: how many times slower; clone: our time / clone"
+    title = "forward + backward; medians; eager and compile: how many times slower; clone and read: our time / theirs"
     table = Table(title=title, title_justify="left")
     table.add_column("case", no_wrap=True)
-    for heading in "ms", "fwd ms", "eager", "compile", "clone", "memory", "eager's", "aims":
+    for heading in "ms", "fwd ms", "eager", "compile", "clone", "read", "memory", "eager's", "aims":
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", min_width=14)
-    notes, curve, family = [], [], None
+    notes, others, curve, family = [], [], [], None
     for case, rows in results:
         times = {name: median(rows, name) for name in CONTENDERS}
-        ours, clone = times["torchfast"], median(rows, "clone", "floor")
+        ours = times["torchfast"]
+        clone, read = (median(rows, name, "floor") for name in ("clone", "read"))
         ratios = Aims()
         if ours:
             peers = (times["eager"], times["torch.compile"])
-            ratios = Aims(*(peer and peer / ours for peer in peers), ours / clone)
+            ratios = Aims(*(peer and peer / ours for peer in peers), ours / clone, read and ours / read)
+            others += [
+                f"{case.label}: {name} {t:.4g} ms, {t / ours:.3g} times ours"
+                for name in case.contenders
+                if name not in CONTENDERS and (t := median(rows, name))
+            ]
         if ours and case.family == "scaling":
             curve.append((math.prod(case.shape), ours))
         if case.family != family:
@@ -340,10 +350,12 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
         )
         notes += [f"{case.label}, {r['contender']}: {r['note']}" for r in rows if r["note"]]
     console.print(table)
-    console.print("aims: at least / at least / at most, of the three ratios; half: half of the aim is reached")
+    console.print("aims: at least / at least / at most / at most, of these ratios; half: half of the aim is reached")
     console.print("memory: extra at the peak until the loss > until the gradient, in sizes of the logits")
     for (elements, before), (_, after) in itertools.pairwise(curve):
         console.print(f"{elements:>11,} elements doubled: time x {after / before:.2f}", highlight=False)
+    for line in others:
+        console.print(line, highlight=False, markup=False)
     for note in notes:
         console.print(note, style="red", markup=False)
 
@@ -384,9 +396,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    chosen = [c for c in (gpu_cases if args.device == "cuda" else cases)() if re.search(args.only, c.label)]
+    chosen = [
+        c
+        for c in (gpu_cases() if args.device == "cuda" else (*cases(), *ranking_cases()))
+        if re.search(args.only, c.label)
+    ]
     if args.quick:
-        chosen = [c for c in chosen if math.prod(c.shape) <= QUICK_ELEMENTS[args.device]]
+        chosen = [c for c in chosen if math.prod(c.shape) <= QUICK_ELEMENTS[args.device] and not c.slow]
     if not chosen:
         raise SystemExit(f"no case matches --only {args.only!r}; see --list")
     if args.list:

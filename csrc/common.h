@@ -12,11 +12,15 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 #define TORCHFAST_INLINE inline __attribute__((always_inline))
@@ -97,6 +101,17 @@ class Positions {
   std::vector<Dim> dims_;
   int64_t count_ = 1;
 };
+
+// Of the tensor's shape, layout and device.
+inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+  std::array<StableIValue, 6> stack{};
+  stack[0] = torch::stable::detail::from(tensor);
+  stack[1] = torch::stable::detail::from(std::optional(dtype));
+  for (size_t i = 2; i < stack.size(); ++i) stack[i] = torch::stable::detail::from(std::nullopt);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 // A fresh 262 MB output faults 64,000 small pages, half the time of a loss and its gradient.
 // Under transparent_hugepage=madvise (the default of many systems) huge ones must be asked for. In a

@@ -43,23 +43,31 @@ def pytest_configure(config):
         interpreter.install()
 
 
-def served_by(device):
-    """Which kernels serve the device."""
+def served_by(device, metrics=False):
+    """Which kernels serve the losses, or the metrics, on the device."""
+    from torchfast import _register
     from torchfast.info import report
 
-    kernels = {of[device] for of in report()["kernels"].values()}
+    ops = _register.metrics if metrics else _register.registry
+    kernels = {of[device] for op, of in report()["kernels"].items() if op in ops}
     return kernels.pop() if len(kernels) == 1 else kernels
 
 
 def pytest_sessionstart(session):
     """A run must not believe that it tests kernels other than those that it tests."""
     wanted = session.config.getoption("--kernel")
-    if wanted and served_by("cpu") != wanted:
-        raise pytest.UsageError(f"--kernel {wanted}, but the CPU is served by {served_by('cpu')}")
+    for metrics in False, True:
+        expected = "reference" if metrics and wanted == "triton" else wanted  # Triton has none for metrics
+        if wanted and served_by("cpu", metrics) != expected:
+            what = "metrics" if metrics else "losses"
+            raise pytest.UsageError(
+                f"--kernel {wanted}, but the CPU's {what} are served by {served_by('cpu', metrics)}"
+            )
 
 
 def pytest_report_header(config):
-    return "kernels: " + ", ".join(f"{device} {served_by(device)}" for device in devices(config))
+    kernels = (f"{device} {served_by(device)}, metrics {served_by(device, True)}" for device in devices(config))
+    return f"kernels: {'; '.join(kernels)}"
 
 
 def pytest_generate_tests(metafunc):
@@ -78,6 +86,11 @@ def device():
 @pytest.fixture(scope="session")
 def kernel(device):
     return served_by(device)
+
+
+@pytest.fixture(scope="session")
+def metrics_kernel(device):
+    return served_by(device, metrics=True)
 
 
 @pytest.fixture(autouse=True)

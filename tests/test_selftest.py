@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchfast import selftest
-from torchfast._register import Sample, registry
+from torchfast._register import Sample, metrics, registry
 from torchfast.losses.cross_entropy.reference import reference, reference_backward
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -89,30 +89,34 @@ def without_last_class(gradient: Tensor) -> Tensor:
 # ---- Right kernels ---------------------------------------------------------------------------
 
 
-def test_the_kernels_of_this_machine_pass_for_every_op_device_and_dtype(kernel: str, device: str) -> None:
+def test_the_kernels_of_this_machine_pass_for_every_op_device_and_dtype(
+    kernel: str, metrics_kernel: str, device: str
+) -> None:
     result = run()
     assert result.returncode == 0, result.stdout + result.stderr
     *_, header, rows = result.stdout.partition("verdict\n")
     assert header
     found = {(op, on, dtype): (of, verdict) for op, on, of, dtype, *_, verdict in map(str.split, rows.splitlines())}
     assert found.keys() == {
-        (op, on, dtype) for op in registry for on in selftest.available_devices() for dtype in DTYPES
+        (op, on, dtype) for op in selftest.checked() for on in selftest.available_devices() for dtype in DTYPES
     }
     assert {verdict for _, verdict in found.values()} == {"ok"}
-    assert {of for (_, on, _), (of, _) in found.items() if on == device} == {kernel}
+    served = {op: of for (op, on, _), (of, _) in found.items() if on == device}
+    assert served == {op: kernel if op in registry else metrics_kernel for op in selftest.checked()}
 
 
-def test_json_holds_every_row_of_the_wanted_device(kernel: str, device: str) -> None:
+def test_json_holds_every_row_of_the_wanted_device(kernel: str, metrics_kernel: str, device: str) -> None:
     result = run("--json", "--device", device)
     assert result.returncode == 0, result.stdout + result.stderr
     content = json.loads(result.stdout)
     assert content["passed"] is True
     assert [(row["op"], row["dtype"]) for row in content["rows"]] == [
-        (op, dtype) for op in registry for dtype in DTYPES
+        (op, dtype) for op in selftest.checked() for dtype in DTYPES
     ]
     for row in content["rows"]:
-        assert (row["device"], row["kernel"], row["failures"]) == (device, kernel, [])
-        samples = registry[row["op"]].sample_inputs(large=kernel != "triton")
+        served = kernel if row["op"] in registry else metrics_kernel
+        assert (row["device"], row["kernel"], row["failures"]) == (device, served, [])
+        samples = selftest.checked()[row["op"]].sample_inputs(large=kernel != "triton")
         assert row["samples"] == len(list(samples)) and 0 < row["max_error"] < 1
 
 
@@ -192,6 +196,31 @@ def test_an_exception_fails_its_row_and_the_others_still_run(capsys: pytest.Capt
     assert {row[3]: row[-1] for row in rows} == {dtype: "FAIL" if dtype == "bfloat16" else "ok" for dtype in DTYPES}
     assert {row[3] for row in rows if row[-2] == "inf"} == {"bfloat16"}
     assert "sample 0: RuntimeError: CUDA error: an illegal memory access was encountered" in output
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda values, empty: (values + 1e-6, empty),
+        lambda values, empty: (values * torch.nan, empty),
+        lambda values, empty: (values, ~empty),
+        lambda values, empty: (values[:-1], empty),
+    ],
+    ids=["values off by 1e-6", "NaN", "empty queries", "shape"],
+)
+def test_a_wrong_kernel_of_a_metric_fails_in_every_dtype(wrong: Any, device: str) -> None:
+    metric = metrics["ranking_metrics"]
+    small = dataclasses.replace(metric, sample_inputs=lambda device, dtype, large: metric.sample_inputs(device, dtype))
+
+    def rows() -> list[selftest.Row]:
+        return [selftest.check(small, device, dtype) for dtype in selftest.DTYPES]
+
+    with torch.library._scoped_library("torchfast", "IMPL") as library:
+        planted = lambda *inputs: wrong(*metric.reference(*inputs))  # noqa: E731
+        library.impl("ranking_metrics", planted, torch.device(device).type.upper(), allow_override=True)
+        for row in rows():
+            assert row.failures and "ranking_metrics's " in row.failures[0]
+    assert not any(row.failures for row in rows())
 
 
 # ---- Samples ---------------------------------------------------------------------------------

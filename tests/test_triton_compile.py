@@ -11,7 +11,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing; the default run does", allow_module_level=True)
 
 import triton_audit
-from triton_audit import ALIGNED, TARGETS, Config, check_in_flight, check_issue, check_spills, check_vectors
+from triton_audit import (
+    ALIGNED,
+    SIGMOID_SHAPES,
+    TARGETS,
+    Config,
+    check_in_flight,
+    check_issue,
+    check_spills,
+    check_vectors,
+)
 
 from torchfast.losses.cross_entropy import triton_kernels, triton_launch
 
@@ -41,22 +50,27 @@ def test_no_kernel_spills(target, kernels):
         check_spills(kernel)
 
 
-def plain_and_aligned(kernels, target):
-    found = [k for k in kernels if k.config.target == target and k.config.options == "CE" and k.name != "sum_kernel"]
-    found = [k for k in found if k.config.shape in ALIGNED and not k.config.channels_last]
-    assert len({k.config for k in found}) >= 2 * len(ALIGNED)
+def plain_and_aligned(kernels, target, options="CE", shapes=ALIGNED):
+    found = [k for k in kernels if k.config.target == target and k.config.options == options and k.name != "sum_kernel"]
+    found = [k for k in found if k.config.shape in shapes and not k.config.channels_last]
+    assert len({k.config for k in found}) >= 2 * len(shapes)
     return found
+
+
+def elementwise(kernels, target):
+    for options in ("sigmoid focal", "sigmoid focal, class ids"):
+        yield from plain_and_aligned(kernels, target, options, SIGMOID_SHAPES[:1])
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_aligned_logits_move_in_128_bit_accesses_once_a_pass(target, kernels):
-    for kernel in plain_and_aligned(kernels, target):
+    for kernel in (*plain_and_aligned(kernels, target), *elementwise(kernels, target)):
         check_vectors(kernel)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_leave_enough_bytes_in_flight(target, kernels):
-    for kernel in plain_and_aligned(kernels, target):
+    for kernel in (*plain_and_aligned(kernels, target), *elementwise(kernels, target)):
         check_in_flight(kernel)
 
 
@@ -122,7 +136,7 @@ def test_the_audit_sees_too_few_bytes_in_flight(monkeypatch):
 # ---- The launcher waits for nothing ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", triton_audit.OPTIONS)
+@pytest.mark.parametrize("options", [*triton_audit.OPTIONS, *triton_audit.SIGMOID_OPTIONS])
 @pytest.mark.parametrize("shape", [(4096, 1000), (8, 128256), (2, 19, 64, 64), (0, 7), (3, 5, 2, 0)], ids=str)
 def test_the_launcher_looks_at_no_data(shape, options, monkeypatch):
     """It runs on meta tensors, where .item(), .cpu() and bool() raise: nothing on the path to the launch can wait

@@ -26,7 +26,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from torchfast.losses import triton_kernels as shared_kernels
+from torchfast.losses import triton_launch as shared
 from torchfast.losses.cross_entropy import triton_kernels, triton_launch
+from torchfast.losses.sigmoid_focal_loss import triton_kernels as sigmoid_kernels
+from torchfast.losses.sigmoid_focal_loss import triton_launch as sigmoid_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,6 +38,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+KERNELS = (shared_kernels, triton_kernels, sigmoid_kernels)
 REGISTERS = {"cuda": 65536, "hip": 131072}  # 32-bit registers of a multiprocessor or compute unit
 THREADS = {80: 2048, 90: 2048, 100: 2048, "gfx942": 2048}
 
@@ -59,6 +64,30 @@ OPTIONS = {
     "z-loss, softcap, scale": Options(z_loss=1e-4, softcap=30.0, logit_scale=0.5),
     "probabilities": Options(probabilities=True),
     "everything": Options(0.1, 1.5, 1e-4, 30.0, 0.5, True, True),
+}
+
+
+class SigmoidOptions(NamedTuple):
+    target: torch.dtype | None = None
+    """None: as the logits."""
+    index: bool = False
+    gamma: float = 2.0
+    gamma_neg: float = 2.0
+    clip: float = 0.0
+    label_smoothing: float = 0.0
+    weighted: bool = False
+    """A weight and a pos_weight a class, and a mask a row."""
+    reduction: int = 1
+
+
+SIGMOID_OPTIONS = {
+    "sigmoid focal": SigmoidOptions(),
+    "sigmoid focal, none": SigmoidOptions(reduction=0),
+    "sigmoid focal, class ids": SigmoidOptions(torch.int64, index=True),
+    "sigmoid focal, bool": SigmoidOptions(torch.bool),
+    "asymmetric": SigmoidOptions(gamma=1.0, gamma_neg=4.0, clip=0.05),
+    "sigmoid everything": SigmoidOptions(None, False, 1.5, 3.5, 0.05, 0.1, True),
+    "sigmoid everything, class ids": SigmoidOptions(torch.int64, True, 1.5, 3.5, 0.05, 0.1, True, 0),
 }
 
 
@@ -130,23 +159,26 @@ def record(target: str, function: Any) -> list[tuple[Any, dict[str, Any], tuple[
         return compiled
 
     driver = triton.runtime.driver
-    before, warp = driver._active, triton_launch.WARP
-    jits = [value for value in vars(triton_kernels).values() if isinstance(value, triton.runtime.JITFunction)]
+    before, warp = driver._active, shared.WARP
+    values = [value for module in KERNELS for value in vars(module).values()]
+    jits = [value for value in values if isinstance(value, triton.runtime.JITFunction)]
     try:
         driver.set_active(_Driver(TARGETS[target]))
-        triton_launch.WARP = TARGETS[target].warp_size
+        shared.WARP = TARGETS[target].warp_size
         triton.runtime.JITFunction.run = compile_only
         for jit in jits:
             jit.device_caches.clear()  # it caches by device, and every target is device 0
         function()
     finally:
         triton.runtime.JITFunction.run = run
-        driver._active, triton_launch.WARP = before, warp
+        driver._active, shared.WARP = before, warp
     return launches
 
 
 def call(config: Config) -> None:
     """Forward and backward of the config, on meta tensors."""
+    if config.options in SIGMOID_OPTIONS:
+        return call_sigmoid(config)
     o, shape = OPTIONS[config.options], config.shape
     logits = torch.empty(shape, dtype=config.dtype, device="meta")
     if config.channels_last:
@@ -159,6 +191,18 @@ def call(config: Config) -> None:
     arguments = (logits, target, weight, weight, sample_weight, -100, o.reduction, *numbers)
     loss, residuals = triton_launch.cross_entropy(*arguments)
     triton_launch.cross_entropy_backward(torch.empty_like(loss), *arguments, residuals)
+
+
+def call_sigmoid(config: Config) -> None:
+    o, shape = SIGMOID_OPTIONS[config.options], config.shape
+    logits = torch.empty(shape, dtype=config.dtype, device="meta")
+    target = torch.empty(shape[:-1] if o.index else shape, dtype=o.target or config.dtype, device="meta")
+    weight = torch.empty(shape[-1], device="meta").expand(shape) if o.weighted else None
+    mask = torch.empty((*shape[:-1], 1), dtype=torch.bool, device="meta").expand(shape) if o.weighted else None
+    numbers = (0.25, o.gamma, o.gamma_neg, o.clip, o.label_smoothing, False)
+    arguments = (logits, target, weight, weight, mask, -100, o.reduction, *numbers)
+    loss, divisor = sigmoid_launch.sigmoid_focal_loss(*arguments)
+    sigmoid_launch.sigmoid_focal_loss_backward(torch.empty_like(loss), *arguments, divisor)
 
 
 def compiled(config: Config) -> list[Kernel]:
@@ -247,12 +291,13 @@ def check_vectors(kernel: Kernel) -> None:
     assert kernel.constants["VEC"] == vector, f"{kernel.config} is not aligned"
     elements = kernel.constants["M"] * kernel.constants["BLOCK"] // kernel.threads
     tile = elements // vector  # vectors of a thread
-    passes = 1 if kernel.name == "backward_kernel" or kernel.constants["ONE_BLOCK"] else 2  # first block, and loop
+    one_block = kernel.constants.get("ONE_BLOCK", True)
+    passes = 1 if kernel.name == "backward_kernel" or one_block else 2  # first block, and loop
     assert kernel.loads.get(128, 0) >= tile * passes, f"logits are not read in 128 bits: {kernel}"
     if kernel.name == "backward_kernel":
         assert kernel.stores.get(128, 0) == tile, f"the gradient is not written in 128 bits: {kernel}"
         assert set(kernel.stores) == {128}, f"narrow stores: {kernel}"
-    rows = kernel.constants["M"] if kernel.constants["CLASSES_MINOR"] else vector
+    rows = kernel.constants["M"] if kernel.constants.get("CLASSES_MINOR", True) else vector
     words = sum(bits / 32 * n for bits, n in kernel.loads.items() if bits in (32, 64))
     assert words <= ROW_WORDS * rows, f"narrow loads: {kernel}"
     half = sum(n for bits, n in kernel.loads.items() if bits < 32)
@@ -291,6 +336,7 @@ ALIGNED = [(4096, 32000), (16384, 128256), (16384, 1000), (4, 19, 1024, 1024)]
 LONG = [*ALIGNED[:2], (8, 128256), (4096, 50257), (8, 50257)]
 POSITIONS = [ALIGNED[3], (2, 2, 512, 512), (2, 150, 128, 128), (8, 1000, 7, 7), (64, 19, 4, 4), (1, 3, 1, 2**15)]
 SHAPES = [*ROWS, *LONG, *POSITIONS]
+SIGMOID_SHAPES = [(100000, 80), (4096, 4096)]
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
 
@@ -301,17 +347,24 @@ def suite(target: str) -> list[Config]:
     main = DTYPES[:2]
     configs = [Config(target, s, d, "CE") for s in ALIGNED for d in main]
     configs += [Config(target, s, d, "everything") for s in heavy for d in main]
+    sigmoid = ["sigmoid focal", "sigmoid focal, class ids", "sigmoid everything, class ids"]
+    configs += [Config(target, s, d, o) for s in SIGMOID_SHAPES[:1] for d in main for o in sigmoid]
     if target == "sm_90":
         configs += [Config(target, s, main[0], o) for s in SHAPES for o in ("CE", "everything")]
         configs += [Config(target, s, main[0], o) for s in heavy for o in OPTIONS]
         configs += [Config(target, s, d, "everything") for s in heavy for d in DTYPES]
         configs += [Config(target, s, d, "CE") for s in ALIGNED for d in DTYPES]
+        configs += [Config(target, SIGMOID_SHAPES[1], main[0], o) for o in SIGMOID_OPTIONS]
+        configs += [Config(target, SIGMOID_SHAPES[1], d, "sigmoid everything, class ids") for d in DTYPES]
+        configs += [Config(target, s, main[0], "sigmoid focal") for s in [(33333, 7), (4096, 1), (5, 1001)]]
         configs += [Config(target, (4, 19, 1024, 1024), main[0], "CE", channels_last=True)]
     return list(dict.fromkeys(configs))
 
 
 def everything() -> list[Config]:
-    return [Config(*of) for of in itertools.product(TARGETS, SHAPES, DTYPES, OPTIONS)]
+    softmax = itertools.product(TARGETS, SHAPES, DTYPES, OPTIONS)
+    sigmoid = itertools.product(TARGETS, SIGMOID_SHAPES, DTYPES, SIGMOID_OPTIONS)
+    return [Config(*of) for of in itertools.chain(softmax, sigmoid)]
 
 
 def compile_all(configs: list[Config]) -> list[Kernel]:
@@ -360,6 +413,8 @@ def _widths(counts: dict[int, int]) -> str:
 
 def documented(target: str) -> list[Config]:
     of = [(s, d, o) for s in [*ALIGNED, (8, 128256), (4096, 50257)] for d in DTYPES[:2] for o in ("CE", "everything")]
+    sigmoid = ("sigmoid focal", "sigmoid focal, class ids", "sigmoid everything, class ids")
+    of += [(s, d, o) for s in SIGMOID_SHAPES for d in DTYPES[:1] for o in sigmoid]
     return [Config(target, *config) for config in of]
 
 

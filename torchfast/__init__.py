@@ -1,5 +1,6 @@
 """Losses and ranking metrics at the speed of memory, on any torch, with or without a GPU."""
 
+from torchfast import metrics
 from torchfast.losses.cross_entropy import (
     CrossEntropyLoss,
     FocalLoss,
@@ -7,16 +8,27 @@ from torchfast.losses.cross_entropy import (
     cross_entropy,
     focal_loss,
 )
+from torchfast.losses.sigmoid_focal_loss import (
+    AsymmetricLoss,
+    SigmoidFocalLoss,
+    asymmetric_loss,
+    sigmoid_focal_loss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsymmetricLoss",
     "CrossEntropyLoss",
     "FocalLoss",
     "LabelSmoothingCrossEntropy",
+    "SigmoidFocalLoss",
     "__version__",
+    "asymmetric_loss",
     "cross_entropy",
     "focal_loss",
+    "metrics",
+    "sigmoid_focal_loss",
 ]
 
 from torchfast import _native as _native  # after the ops are defined: it implements them

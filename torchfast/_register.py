@@ -5,6 +5,8 @@ A loss is two dispatcher ops::
     torchfast::<name>(inputs...)                            -> (loss, residuals...)
     torchfast::<name>_backward(grad, inputs..., residuals...) -> grad of the first input
 
+A metric is one, and has no derivative.
+
 The pure-PyTorch reference is registered for every device. A native or Triton kernel registered
 for one backend wins over it in the dispatcher, so no code anywhere asks which one is there.
 
@@ -46,6 +48,8 @@ class Op:
     autograd: type[torch.autograd.Function]
     tensors: int
     """How many of the inputs, the first ones, are tensors or None."""
+    inplace: bool
+    """Whether its last option is ``inplace_backward``."""
 
     def __call__(self, *inputs: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -68,6 +72,13 @@ class Op:
 registry: dict[str, Op] = {}
 
 
+def _define(op: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    torch.library.define(f"torchfast::{op}", schema)
+    torch.library.register_kernel(f"torchfast::{op}", None, kernel)
+    torch.library.register_fake(f"torchfast::{op}", fake)
+    return getattr(torch.ops.torchfast, op).default
+
+
 def register(
     name: str,
     inputs: str,
@@ -81,34 +92,28 @@ def register(
 ) -> Op:
     """Defines ``torchfast::<name>`` and its backward, and enters them in the registry.
 
-    ``inputs`` and ``residuals`` are schema text. The differentiable input is the first, tensors come
-    before options, and the last option is ``bool inplace_backward``: whether the backward writes the
-    gradient over the first input.
+    ``inputs`` and ``residuals`` are schema text. The differentiable input is the first, and tensors come
+    before options. If the last option is ``bool inplace_backward``, there is also ``<name>_backward_``,
+    which writes the gradient over the first input where that option is true.
     """
     first, rest = inputs.split(",", 1)
     tensors = sum(argument.split()[0].startswith("Tensor") for argument in inputs.split(","))
     others = inputs.count(",")
     outputs = ", ".join(["Tensor"] * (2 + residuals.count(",")))
     saved = f"{rest}, {residuals}"
-    schemas = {
-        name: f"({inputs}) -> ({outputs})",
-        f"{name}_backward": f"(Tensor grad_loss, {first}, {saved}) -> Tensor",
-        f"{name}_backward_": f"(Tensor grad_loss, {first.replace('Tensor', 'Tensor(a!)')}, {saved}) -> ()",
-    }
+    has_inplace = inputs.endswith("bool inplace_backward")
 
     def reference_backward_(grad: Tensor, x: Tensor, *args: Any) -> None:
         x.copy_(reference_backward(grad, x, *args))
 
-    implementations: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
-        (reference, fake),
-        (reference_backward, lambda grad, x, *_: torch.empty_like(x)),
-        (reference_backward_, lambda *_: None),
-    ]
-    for (op, schema), (kernel, fake_kernel) in zip(schemas.items(), implementations, strict=True):
-        torch.library.define(f"torchfast::{op}", schema)
-        torch.library.register_kernel(f"torchfast::{op}", None, kernel)
-        torch.library.register_fake(f"torchfast::{op}", fake_kernel)
-    forward_op, backward_op, backward_inplace = (getattr(torch.ops.torchfast, op).default for op in schemas)
+    forward_op = _define(name, f"({inputs}) -> ({outputs})", reference, fake)
+    schema = f"(Tensor grad_loss, {first}, {saved})"
+    backward_op = _define(
+        f"{name}_backward", f"{schema} -> Tensor", reference_backward, lambda grad, x, *_: torch.empty_like(x)
+    )
+    if has_inplace:
+        schema = schema.replace(f", {first},", f", {first.replace('Tensor', 'Tensor(a!)')},")
+        backward_inplace = _define(f"{name}_backward_", f"{schema} -> ()", reference_backward_, lambda *_: None)
 
     def save(ctx: Any, inputs: tuple[Any, ...], residuals: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
@@ -119,7 +124,7 @@ def register(
         none = (None,) * others
         if grad is None:
             return (None, *none)
-        saved, inplace = ctx.saved_tensors, ctx.options[-1]
+        saved, inplace = ctx.saved_tensors, has_inplace and ctx.options[-1]
         inputs, residuals = (*saved[:tensors], *ctx.options), saved[tensors:]
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself will be differentiated
             if inplace:
@@ -155,5 +160,51 @@ def register(
             return loss
 
     Fused.backward = staticmethod(backward)  # type: ignore[assignment]
-    registry[name] = Op(name, function, sample_inputs, reference, forward_op, backward_op, Fused, tensors)
+    registry[name] = Op(name, function, sample_inputs, reference, forward_op, backward_op, Fused, tensors, has_inplace)
     return registry[name]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric, or a part of one. Its outputs carry no graph, whatever its inputs carry."""
+
+    name: str
+    reference: Callable[..., tuple[Tensor, ...]]
+    """Plain PyTorch with the op's signature."""
+    op: Any
+    function: Callable[..., Any] | None
+    """The public function, for tests that iterate over the registry. None of a part, which its samples call too."""
+    sample_inputs: Callable[..., Iterable[Sample]]
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return self.op(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op(*inputs)
+
+
+#: Every registered metric by name.
+metrics: dict[str, Metric] = {}
+
+
+def register_metric(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    function: Callable[..., Any] | None = None,
+    sample_inputs: Callable[..., Iterable[Sample]] = lambda *_, **__: (),
+) -> Metric:
+    """Defines ``torchfast::<name>`` with the schema ``(inputs) -> (outputs)``, and enters it in ``metrics``."""
+    op = _define(name, schema, reference, fake)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{name} is not differentiable")
+
+    torch.library.register_autograd(f"torchfast::{name}", backward, setup_context=setup_context)
+    metrics[name] = Metric(name, reference, op, function, sample_inputs)
+    return metrics[name]

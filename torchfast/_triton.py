@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torchfast._env import flag
+from torchfast._register import Op
 
 
 def unavailable_reason() -> str | None:
@@ -30,8 +31,8 @@ def interpreted() -> bool:
     return flag("TRITON_INTERPRET") and flag("TORCHFAST_DISABLE_NATIVE")
 
 
-def register(module: str, op: str) -> None:
-    """Registers the functions ``op``, ``op_backward`` and ``op_backward_`` of ``module`` as kernels for GPUs."""
+def register(module: str, op: Op) -> None:
+    """Registers the functions ``name``, ``name_backward`` and ``name_backward_`` of ``module`` as kernels for GPUs."""
     if unavailable_reason():
         return
     devices = ("cuda", "xpu", "cpu") if interpreted() else ("cuda", "xpu")
@@ -40,7 +41,7 @@ def register(module: str, op: str) -> None:
     def kernel(name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)
 
-    for name in (op, f"{op}_backward", f"{op}_backward_"):
+    for name in (op.name, f"{op.name}_backward", *([f"{op.name}_backward_"] if op.inplace else [])):
 
         def launch(*args: Any, name: str = name) -> Any:
             return kernel(name)(*args)

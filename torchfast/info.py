@@ -15,7 +15,7 @@ import torch
 
 import torchfast
 from torchfast import _native, _triton
-from torchfast._register import registry
+from torchfast._register import metrics, registry
 
 
 def _guard(probe: Callable[[], Any]) -> Any:
@@ -26,10 +26,10 @@ def _guard(probe: Callable[[], Any]) -> Any:
 
 
 def _kernel(op: str, key: str) -> str:
-    """Which kernel the dispatcher holds for one op and backend."""
+    """Which kernel the dispatcher holds for one op and backend: losses have Triton's for GPUs, metrics CUDA's."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"torchfast::{op}", key):
         return "reference"
-    return "native" if key == "CPU" and not _triton.interpreted() else "triton"
+    return "native" if op in metrics or (key == "CPU" and not _triton.interpreted()) else "triton"
 
 
 def report() -> dict[str, Any]:
@@ -57,7 +57,9 @@ def report() -> dict[str, Any]:
         },
         "build": _guard(torchfast._C.build_info) if native else None,
         "devices": devices,
-        "kernels": {op: {key.lower(): _kernel(op, key) for key in ("CPU", "CUDA", "XPU")} for op in registry},
+        "kernels": {
+            op: {key.lower(): _kernel(op, key) for key in ("CPU", "CUDA", "XPU")} for op in (*registry, *metrics)
+        },
         "missing": {name: reason for name, reason in missing.items() if reason},
     }
 

@@ -1,8 +1,8 @@
 """Checks the kernels that are active on this machine: ``python -m torchfast.selftest [--device cuda] [--json]``.
 
 Every op runs on each of its sample inputs, on every device that torch sees and in every dtype: the loss, its
-gradient, and the gradient written over the input. The truth is the op's plain PyTorch reference, differentiated
-by autograd, in fp64 on the CPU, from the same inputs.
+gradient, and the gradient written over the input; of a metric, what its kernels return. The truth is the op's plain
+PyTorch reference, differentiated by autograd, in fp64 on the CPU, from the same inputs.
 
 An error is given as a multiple of what rounding explains: 64 roundings of the largest value of its tensor, in the
 dtype that sums are computed in, and for a half-precision value one rounding of its own. So above 1 a kernel is wrong.
@@ -19,13 +19,15 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from torchfast import _triton
-from torchfast._register import Op, Sample, registry
+from torchfast._register import Metric, Op, Sample, metrics, registry
 from torchfast.info import _guard, _kernel, report
 
 ROUNDINGS = 64
@@ -42,22 +44,22 @@ def _upstream(loss: Tensor) -> Tensor:
     return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
 
 
-def _active(op: Op, sample: Sample, inplace: bool) -> tuple[Tensor, Tensor]:
+def _active(op: Op, sample: Sample, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """By the kernels that the dispatcher holds for the sample's device."""
     leaf = sample.args[0].detach().requires_grad_()
     x = leaf.clone() if inplace else leaf
-    loss = op.function(x, *sample.args[1:], **{**sample.kwargs, "inplace_backward": inplace})
+    loss = op.function(x, *sample.args[1:], **sample.kwargs, **({"inplace_backward": True} if inplace else {}))
     (gradient,) = torch.autograd.grad(loss, leaf, _upstream(loss))
     return loss.detach().cpu(), gradient.cpu()
 
 
+def _wide(inputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu(), inputs)
+
+
 def _truth(op: Op, sample: Sample) -> tuple[Tensor, Tensor]:
     """By the reference, which serves the public function inside of ``torch.func``."""
-
-    def wide(t: Tensor) -> Tensor:
-        return t.cpu().double() if t.is_floating_point() else t.cpu()
-
-    args, kwargs = tree_map_only(Tensor, wide, (sample.args, sample.kwargs))
+    args, kwargs = _wide((sample.args, sample.kwargs))
 
     def total(x: Tensor) -> tuple[Tensor, Tensor]:
         loss = op.function(x, *args[1:], **kwargs)
@@ -65,6 +67,19 @@ def _truth(op: Op, sample: Sample) -> tuple[Tensor, Tensor]:
 
     gradient, loss = torch.func.grad(total, has_aux=True)(args[0])
     return loss, gradient
+
+
+class Recorder(TorchDispatchMode):
+    """The metrics' kernels that are called, with their inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Metric, Sequence[Any], Sequence[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls += [(metric, args, result) for metric in metrics.values() if metric.op is func]
+        return result
 
 
 # ---- Their difference ------------------------------------------------------------------------
@@ -112,14 +127,34 @@ def _compare(name: str, actual: Tensor, truth: Tensor, dtype: torch.dtype) -> tu
     return largest, f"{name}{[*worst] or ''} is {values}; {wrong} of {error.numel()} wrong"
 
 
-def _comparisons(op: Op, sample: Sample) -> Iterator[tuple[float, str | None]]:
+def _metric_comparisons(metric: Metric, sample: Sample) -> Iterator[tuple[float, str | None]]:
+    assert metric.function is not None
+    problem: Exception | None = None
+    with Recorder() as recorder:
+        try:
+            metric.function(*sample.args, **sample.kwargs)
+        except Exception as error:  # perhaps over a kernel's wrong output, which is then the thing to report
+            problem = error
+    for called, inputs, outputs in recorder.calls:
+        names = [output.name for output in called.op._schema.returns]
+        for name, output, truth in zip(names, outputs, called.reference(*_wide(inputs)), strict=True):
+            yield _compare(f"{called.name}'s {name}", output.cpu().double(), truth.double(), torch.float64)
+    if problem:
+        raise problem
+
+
+def _comparisons(op: Op | Metric, sample: Sample) -> Iterator[tuple[float, str | None]]:
+    if isinstance(op, Metric):
+        yield from _metric_comparisons(op, sample)
+        return
     dtype = sample.args[0].dtype
     true_loss, true_gradient = _truth(op, sample)
-    loss, gradient = _active(op, sample, inplace=False)
+    loss, gradient = _active(op, sample)
     yield _compare("loss", loss, true_loss, torch.float32 if dtype in HALF else dtype)
     yield _compare("gradient", gradient, true_gradient, dtype)
-    _, gradient = _active(op, sample, inplace=True)
-    yield _compare("gradient in place", gradient, true_gradient, dtype)
+    if op.inplace:
+        _, gradient = _active(op, sample, inplace=True)
+        yield _compare("gradient in place", gradient, true_gradient, dtype)
 
 
 # ---- One row of the table: all samples of an op ----------------------------------------------
@@ -142,7 +177,7 @@ class Row:
         self.failures.append(f"{what}: {type(error).__name__}: {error}")
 
 
-def check(op: Op, device: str, dtype: torch.dtype) -> Row:
+def check(op: Op | Metric, device: str, dtype: torch.dtype) -> Row:
     """Compares every sample of an op with the truth. What a sample raises is a failure of that sample.
 
     Example:
@@ -177,6 +212,17 @@ def check(op: Op, device: str, dtype: torch.dtype) -> Row:
 # ---- The table -------------------------------------------------------------------------------
 
 
+def checked() -> dict[str, Op | Metric]:
+    """The losses, and the metrics that are no part of others, by name.
+
+    Example:
+        >>> from torchfast.selftest import checked
+        >>> "cross_entropy" in checked(), "ranking_metrics" in checked()
+        (True, True)
+    """
+    return {**registry, **{name: metric for name, metric in metrics.items() if metric.function}}
+
+
 def available_devices() -> list[str]:
     """What torch sees here.
 
@@ -207,7 +253,7 @@ def _dtypes(device: str) -> tuple[torch.dtype, ...]:
 
 def _print_table(rows: Iterator[Row]) -> Iterator[Row]:
     """Passes the rows on, each printed as soon as it is there: compiling for a GPU takes a while."""
-    width = max(map(len, ("op", *registry)))
+    width = max(map(len, ("op", *checked())))
     here = report()
     print(", ".join(f"{name} {version}" for name, version in here["versions"].items()))
     print("; ".join(f"{name}: {what}" for name, what in here["devices"].items()))
@@ -231,7 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     devices = options.device or available_devices()
-    found = (check(op, device, dtype) for device in devices for op in registry.values() for dtype in _dtypes(device))
+    ops = checked().values()
+    found = (check(op, device, dtype) for device in devices for op in ops for dtype in _dtypes(device))
     rows = list(found if options.json else _print_table(found))
     failed = [row for row in rows if row.failures]
     if options.json:

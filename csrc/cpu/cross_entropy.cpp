@@ -35,6 +35,7 @@ struct Arguments {
 
 #define TORCHFAST_FILE "cpu/cross_entropy.cpp"
 #include "../foreach_isa.h"
+#include "../tensors.h"
 
 namespace torchfast::TORCHFAST_ISA {
 namespace {
@@ -371,47 +372,6 @@ void tile_backward(const Tile<R>& t, R gamma, R z_loss, R scale, R softcap, cons
 
 // ---- Arguments, in the form the kernels read ---------------------------------------------------
 
-// Class indices; any other target holds probabilities.
-bool is_integer(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Long:
-    case ScalarType::Int:
-    case ScalarType::Short:
-    case ScalarType::Char:
-    case ScalarType::Byte:
-    case ScalarType::UInt16:
-    case ScalarType::UInt32:
-    case ScalarType::UInt64: return true;
-    default: return false;
-  }
-}
-
-template <class R>
-constexpr ScalarType real_type = std::is_same_v<R, float> ? ScalarType::Float : ScalarType::Double;
-
-Tensor as_contiguous(const Tensor& x, ScalarType dtype) {
-  Tensor converted = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
-}
-
-template <class R>
-const R* data(const Tensor& x) {
-  return static_cast<const R*>(x.const_data_ptr());
-}
-
-// Calls f with the data as a pointer to its own type.
-template <class F>
-auto with_index_type(const Tensor& x, const F& f) {
-  const void* p = x.const_data_ptr();
-  switch (x.scalar_type()) {
-    case ScalarType::Int: return f(static_cast<const int32_t*>(p));
-    case ScalarType::Short: return f(static_cast<const int16_t*>(p));
-    case ScalarType::Char: return f(static_cast<const int8_t*>(p));
-    case ScalarType::Byte: return f(static_cast<const uint8_t*>(p));
-    default: return f(static_cast<const int64_t*>(p));
-  }
-}
-
 // One thread's memory: a tile, or chunks of a row.
 template <class R>
 struct Scratch {
@@ -467,7 +427,7 @@ struct Problem {
     blocks = (rows + per_block - 1) / per_block;
   }
 
-  // Probabilities as R or half precision, indices as an integer type that with_index_type knows.
+  // Probabilities as R or half precision, indices contiguous.
   Tensor readable_target() const {
     auto dtype = a.target.scalar_type();
     if (probabilities) {
@@ -475,9 +435,7 @@ struct Problem {
       bool staged = dtype == real_type<R> || (std::is_same_v<R, float> && half);
       return staged ? a.target : torch::stable::to(a.target, real_type<R>);
     }
-    bool known = dtype == ScalarType::Int || dtype == ScalarType::Short || dtype == ScalarType::Char ||
-                 dtype == ScalarType::Byte;
-    return as_contiguous(a.target, known ? dtype : ScalarType::Long);
+    return as_contiguous(a.target, dtype);
   }
 
   void check() const {  // memory safety for direct callers of the op; the messages are the public function's
@@ -906,17 +864,6 @@ void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& residua
 }
 
 // ---- Dispatcher ops --------------------------------------------------------------------------
-
-template <class F>
-auto with_logits_type(const Tensor& logits, const F& f) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::BFloat16: return f(bf16{}, float{});
-    case ScalarType::Half: return f(f16{}, float{});
-    case ScalarType::Double: return f(double{}, double{});
-    default: throw std::invalid_argument("input must be float32, bfloat16, float16 or float64");
-  }
-}
 
 std::tuple<Tensor, Tensor> run_forward(const Arguments& a) {
   return with_logits_type(a.logits, [&](auto t, auto r) { return forward<decltype(t), decltype(r)>(a); });

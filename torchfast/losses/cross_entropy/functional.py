@@ -10,10 +10,17 @@ from torch import Tensor
 
 from torchfast import _triton
 from torchfast._register import Sample, register
-from torchfast.losses.cross_entropy.reference import accumulate_dtype, class_dim, fake, reference, reference_backward
-
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from torchfast.losses._common import (
+    REDUCTIONS,
+    accumulate_dtype,
+    check,
+    check_device,
+    check_factor,
+    check_logits_dtype,
+    check_normalizer,
+    normalized,
+)
+from torchfast.losses.cross_entropy.reference import class_dim, fake, reference, reference_backward
 
 
 def _overlaps(x: Tensor) -> bool:
@@ -26,20 +33,14 @@ def _overlaps(x: Tensor) -> bool:
     return False
 
 
-def _check(name: str, ok: bool, given: object, allowed: object) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {given!r}")
-
-
 def _check_tensors(input: Tensor, target: Tensor, others: dict[str, Tensor | None]) -> None:
-    if input.dtype not in _LOGITS_DTYPES:
-        raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
+    check_logits_dtype("input", input)
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
     shape = input.shape
     rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[1:]
     classes = shape[class_dim(input)]
-    _check("input", classes > 0, tuple(shape), "logits of at least one class")
+    check("input", classes > 0, tuple(shape), "logits of at least one class")
     if target.is_floating_point():
         if target.shape != shape:
             raise ValueError(
@@ -53,19 +54,15 @@ def _check_tensors(input: Tensor, target: Tensor, others: dict[str, Tensor | Non
             f"target of class indices must have shape {tuple(rows)} for input of shape {tuple(shape)}, "
             f"got {tuple(target.shape)}; class probabilities must be of a floating dtype"
         )
-    if target.device != input.device:
-        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+    check_device("target", target, "input", input)
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of a floating dtype, got {given}")
+        check_factor(name, tensor)
         allowed = rows if name == "sample_weight" else (classes,)
         scalar = name == "alpha" and tensor.numel() == 1
-        _check(f"{name}'s shape", scalar or tensor.shape == allowed, tuple(tensor.shape), tuple(allowed))
-        if tensor.device != input.device:
-            raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
+        check(f"{name}'s shape", scalar or tensor.shape == allowed, tuple(tensor.shape), tuple(allowed))
+        check_device(name, tensor, "input", input)
 
 
 def cross_entropy(
@@ -146,22 +143,20 @@ def cross_entropy(
     if isinstance(alpha, (int, float)):
         alpha = torch.full((1,), alpha, dtype=accumulate_dtype(input), device=input.device)
     _check_tensors(input, target, {"weight": weight, "alpha": alpha, "sample_weight": sample_weight})
-    _check("reduction", reduction in _REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
-    _check("empty", empty in ("nan", "zero"), empty, "'nan' or 'zero'")
-    _check("label_smoothing", 0 <= label_smoothing <= 1, label_smoothing, "in [0, 1]")
-    _check("gamma", 0 <= gamma < float("inf"), gamma, "finite and >= 0")
-    _check("softcap", softcap is None or 0 < softcap < float("inf"), softcap, "None or finite and > 0")
+    check("reduction", reduction in REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
+    check("empty", empty in ("nan", "zero"), empty, "'nan' or 'zero'")
+    check("label_smoothing", 0 <= label_smoothing <= 1, label_smoothing, "in [0, 1]")
+    check("gamma", 0 <= gamma < float("inf"), gamma, "finite and >= 0")
+    check("softcap", softcap is None or 0 < softcap < float("inf"), softcap, "None or finite and > 0")
     if target.is_floating_point():
-        _check("ignore_index", ignore_index < 0, ignore_index, "negative for a target of class probabilities")
+        check("ignore_index", ignore_index < 0, ignore_index, "negative for a target of class probabilities")
     if normalizer is not None:
-        _check("normalizer", reduction == "mean", normalizer, f"None for reduction={reduction!r}")
-        shape = tuple(normalizer.shape) if isinstance(normalizer, Tensor) else ()
-        _check("normalizer's shape", shape == (), shape, "()")
+        check_normalizer(normalizer, reduction)
         reduction = "sum"
     if inplace_backward and input.requires_grad:
         root = input if input._base is None else input._base
-        _check("inplace_backward", not root.is_leaf, True, "False for a leaf of autograd or a view of one")
-        _check("inplace_backward", not _overlaps(input), True, "False for an input that is expanded or overlaps itself")
+        check("inplace_backward", not root.is_leaf, True, "False for a leaf of autograd or a view of one")
+        check("inplace_backward", not _overlaps(input), True, "False for an input that is expanded or overlaps itself")
         # With saved-tensor hooks (as under checkpointing) autograd does not see that the logits are gone.
         hooks = torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         inplace_backward = not hooks
@@ -172,7 +167,7 @@ def cross_entropy(
         alpha,
         sample_weight,
         ignore_index,
-        _REDUCTIONS[reduction],
+        REDUCTIONS[reduction],
         label_smoothing,
         gamma,
         z_loss,
@@ -181,9 +176,7 @@ def cross_entropy(
         empty == "zero",
         inplace_backward,
     )
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(loss.dtype)
-    return loss if normalizer is None else loss / normalizer
+    return normalized(loss, normalizer)
 
 
 def focal_loss(
@@ -259,4 +252,4 @@ _op = register(
     sample_inputs=sample_inputs,
 )
 
-_triton.register("torchfast.losses.cross_entropy.triton_launch", "cross_entropy")
+_triton.register("torchfast.losses.cross_entropy.triton_launch", _op)

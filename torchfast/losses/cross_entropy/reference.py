@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+from torchfast.losses._common import accumulate_dtype, check_range, mean
 
 
 def class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
-
-
-def check_range(target: Tensor, out_of_range: Tensor, classes: int) -> None:
-    """Raises where reading the data is free (CPU) or asked for (TORCHFAST_CHECK=1)."""
-    readable = target.device.type == "cpu" or os.environ.get("TORCHFAST_CHECK") == "1"
-    traced = torch.compiler.is_compiling() or type(out_of_range) is not Tensor  # has no values to look at
-    if traced or torch._C._are_functorch_transforms_active() or not readable or not out_of_range.any():
-        return
-    value = int(target[out_of_range].flatten()[0])
-    raise IndexError(f"target {value} is out of range: allowed are 0 to {classes - 1} and ignore_index")
 
 
 def _row_terms(
@@ -58,7 +45,7 @@ def _row_terms(
         t = target.long()
         valid = t != ignore_index
         bad = valid & ((t < 0) | (t >= classes))
-        check_range(target, bad, classes)
+        check_range(target, bad, f"0 to {classes - 1}")
         valid = valid & ~bad
         t = torch.where(valid, t, 0)
         w_t = torch.where(valid, w.gather(0, t.reshape(-1)).reshape(t.shape), 0.0)
@@ -144,9 +131,7 @@ def reference(
     if reduction:
         loss = loss.sum()
     if reduction == 1:
-        # Over a divisor of 0 the gradient is 0: the division that fails must not be differentiated.
-        empty = torch.zeros_like(loss) if empty_zero else (loss / divisor).detach()
-        loss = torch.where(divisor == 0, empty, loss / torch.where(divisor == 0, 1.0, divisor))
+        loss = mean(loss, divisor, empty_zero)
     sum_u_psi = _sum_over_classes(parts, log_p.detach(), lambda terms: _psi(terms, gamma))
     stats = torch.stack([m.squeeze(-1), rest.squeeze(-1), sum_u_psi]).detach()
     used = valid if sample_weight is None else valid & (sample_weight != 0)

@@ -25,40 +25,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# ---- Functions that Triton does not have on every backend -------------------------------------
-
-
-@triton.jit
-def _exp(x, FAST: tl.constexpr):
-    """exp of x <= 0; results below the normal numbers are 0.
-
-    GPUs have exp2 in one instruction, of which tl.exp makes exp(x) = exp2(x log2 e): the product's rounding costs |x|
-    roundings of the result. Enough for half-precision logits (FAST), where instructions are scarce; else x is reduced
-    by multiples of ln 2 in two parts (Cody and Waite 1980).
-    """
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    if FAST:
-        return tl.exp2(x * 1.4426950408889634)
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - n * 0.693359375) - n * -2.12194440e-4
-    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < -87.0, 0.0, tl.exp2(r * 1.4426950408889634) * power)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) with the digits of a small x (Goldberg 1991, theorem 4)."""
-    u = 1 + x
-    d = u - 1
-    return tl.where(d == 0, x, tl.log(u) * (x / tl.where(d == 0, 1.0, d)))
+from torchfast.losses.triton_kernels import exp, in_vectors, log1p, offsets_of, rows_of
 
 
 @triton.jit
 def _tanh(x, FAST: tl.constexpr):
     """By expm1(-2|x|), which has the digits of a small x (Kahan): (u - 1) log(u) / y with u = exp(y)."""
     y = -2 * tl.abs(x)
-    u = _exp(y, FAST)
+    u = exp(y, FAST)
     easy = (u == 1) | (u == 0)
     expm1 = tl.where(u == 1, y, tl.where(u == 0, -1.0, (u - 1) * (y / tl.log(tl.where(easy, 0.5, u)))))
     magnitude = -expm1 / (2 + expm1)
@@ -96,7 +70,7 @@ def _load_u(target, offsets, wa, wa_stride, c, classes, mask, keep, uniform, PRO
 @triton.jit
 def _p_and_rest(d, rest, inverse, FAST: tl.constexpr):
     """p and 1 - p, from d = z - m and inverse = 1 / (1 + rest)."""
-    p = _exp(d, FAST) * inverse
+    p = exp(d, FAST) * inverse
     return p, tl.where(d == 0, rest * inverse, 1 - p)  # only the largest, d = 0, can have p > 1/2
 
 
@@ -111,7 +85,7 @@ def _psi(minus_log_p, p, rest_p, gamma, FOCAL: tl.constexpr, FAST: tl.constexpr)
         modulation = tl.where(p > 0.5, rest_p * rest_p, 1 + p * (p - 2))
         psi = -(modulation + 2 * p_log * rest_p)
     else:
-        modulation = tl.where(rest_p == 0, 0.0, _exp(gamma * tl.log(rest_p), FAST))
+        modulation = tl.where(rest_p == 0, 0.0, exp(gamma * tl.log(rest_p), FAST))
         psi = -modulation * (1 + gamma * tl.where(rest_p == 0, p, p_log / rest_p))
     return modulation, psi
 
@@ -119,14 +93,14 @@ def _psi(minus_log_p, p, rest_p, gamma, FOCAL: tl.constexpr, FAST: tl.constexpr)
 @triton.jit
 def _pair(a, b, FAST: tl.constexpr):
     """(m, rest) of two logits."""
-    return tl.maximum(a, b), tl.where(a == b, 1.0, _exp(-tl.abs(a - b), FAST))
+    return tl.maximum(a, b), tl.where(a == b, 1.0, exp(-tl.abs(a - b), FAST))
 
 
 @triton.jit
 def _merge(m, rest, m_b, rest_b, FAST: tl.constexpr):
     """(m, rest) of two sets of logits."""
     larger = m_b > m
-    e = tl.where(m == m_b, 1.0, _exp(-tl.abs(m - m_b), FAST))
+    e = tl.where(m == m_b, 1.0, exp(-tl.abs(m - m_b), FAST))
     rest = tl.where(larger, rest_b, rest) + (tl.where(larger, rest, rest_b) + 1) * e
     return tl.maximum(m, m_b), rest
 
@@ -136,35 +110,8 @@ def _merge_lanes(m, rest, FAST: tl.constexpr):
     """(m, rest) of each row from those of its lanes; rest = -1 is a lane that saw nothing."""
     top = tl.max(m, axis=1)
     tops = m == top[:, None]
-    below = tl.where(tops, rest, (rest + 1) * _exp(m - top[:, None], FAST))
+    below = tl.where(tops, rest, (rest + 1) * exp(m - top[:, None], FAST))
     return top, tl.sum(below, axis=1) + (tl.sum(tops.to(rest.dtype), axis=1) - 1)
-
-
-# ---- Where a program works --------------------------------------------------------------------
-
-
-@triton.jit
-def _in_vectors(n, VEC: tl.constexpr, MINOR: tl.constexpr):
-    """n. Where it is a multiple of VEC, the compiler now knows it."""
-    return n // VEC * VEC if MINOR and VEC > 1 else n
-
-
-@triton.jit
-def _rows_of(block, inner, M: tl.constexpr, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
-    """The program's rows: index of the outer dimension, index within the inner one, row, in range."""
-    blocks = tl.cdiv(inner, M)
-    outer = (block // blocks).to(tl.int64)
-    i = (block % blocks).to(tl.int64) * M + tl.arange(0, M)
-    inner = _in_vectors(inner, VEC, not CLASSES_MINOR)
-    return outer, i, outer * inner + i, i < inner
-
-
-@triton.jit
-def _offsets(outer, i, c, so, sr, sc, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
-    so = _in_vectors(so, VEC, True)
-    sr = _in_vectors(sr, VEC, CLASSES_MINOR)
-    sc = _in_vectors(sc, VEC, not CLASSES_MINOR)
-    return outer * so + (i * sr)[:, None] + (c.to(tl.int64) * sc)[None, :]
 
 
 @triton.jit
@@ -221,13 +168,13 @@ def _step(
     for half in tl.static_range(2):
         c_half = c + half * (BLOCK // 2)
         mask = read[:, None] & (c_half < classes_end)[None, :]
-        offsets = _offsets(outer, i, c_half, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+        offsets = offsets_of(outer, i, c_half, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
         z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
         if LINEAR:
             if FIRST and half == 0:
                 shift = tl.max(z, axis=1)
                 shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-            y_offsets = _offsets(outer, i, c_half, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+            y_offsets = offsets_of(outer, i, c_half, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
             u = _load_u(target, y_offsets, wa, wa_stride, c_half, classes_end, mask, keep, unit, PROB, ACC)
             uz = tl.where(u == 0, 0.0, u * (z - shift[:, None]))
         else:
@@ -301,11 +248,11 @@ def forward_kernel(
         per_split = tl.cdiv(tl.cdiv(classes, BLOCK), splits) * BLOCK
         first = split * per_split
         end = tl.minimum(first + per_split, classes)
-    outer, i, row, in_range = _rows_of(block, inner, M, VEC, CLASSES_MINOR)
+    outer, i, row, in_range = rows_of(block, inner, M, VEC, CLASSES_MINOR)
     t, known, bad, s, live = _row_target(target, sample_weight, row, in_range, ignore_index, classes, PROB, ACC)
     # Rows that do not count are not read, unless that would break the vectors along the rows.
     read = live if CLASSES_MINOR else in_range
-    classes_end = _in_vectors(classes, VEC, CLASSES_MINOR)
+    classes_end = in_vectors(classes, VEC, CLASSES_MINOR)
 
     if STAGE == WHOLE or STAGE == SCAN:
         tensors, place = (logits, target, wa), (outer, i, read, classes_end)
@@ -380,7 +327,7 @@ def forward_kernel(
             tl.store(here + 4 * plane, shift, mask=in_range)
     else:
         rest = tl.where(tl.abs(m) == float("inf"), float("nan"), rest)  # as torch: no softmax without a maximum
-        log_rest, inverse = _log1p(rest), 1 / (1 + rest)
+        log_rest, inverse = log1p(rest), 1 / (1 + rest)
         row_loss = tl.zeros([M], ACC)
         sum_u_psi = tl.zeros([M], ACC)
         if LINEAR:
@@ -400,9 +347,9 @@ def forward_kernel(
                 for start in range(first, end, HALF):
                     c = start + tl.arange(0, HALF)
                     mask = read[:, None] & (c < classes_end)[None, :]
-                    offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+                    offsets = offsets_of(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
                     z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
-                    y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+                    y_offsets = offsets_of(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
                     u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
                     d = z - m[:, None]
                     p, rest_p = _p_and_rest(d, rest[:, None], inverse[:, None], FAST)
@@ -437,7 +384,7 @@ def forward_kernel(
             if Z:
                 row_loss += z_loss * (m + log_rest) * (m + log_rest)
             row_loss = tl.where(bad, float("nan"), tl.where(live, row_loss * s, 0.0))
-            rows_wide = _in_vectors(rows.to(tl.int64), VEC, not CLASSES_MINOR)
+            rows_wide = in_vectors(rows.to(tl.int64), VEC, not CLASSES_MINOR)
             tl.store(residuals + row, tl.where(live, m, 0.0), mask=in_range)
             tl.store(residuals + rows_wide + row, tl.where(live, rest, 0.0), mask=in_range)
             tl.store(residuals + 2 * rows_wide + row, tl.where(live, sum_u_psi, 0.0), mask=in_range)
@@ -450,32 +397,6 @@ def forward_kernel(
             else:
                 tl.store(loss + row, row_loss, mask=in_range)
                 tl.store(residuals + 3 * rows_wide, 1.0, mask=program == 0)  # the divisor
-
-
-@triton.jit(do_not_specialize=["n", "rows"])
-def sum_kernel(
-    sums, out, residuals, n, rows, MEAN: tl.constexpr, EMPTY_ZERO: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Adds up the programs' losses and weights in a fixed tree; the last level divides them."""
-    program = tl.program_id(0)
-    losses = tl.zeros([BLOCK], sums.dtype.element_ty)
-    weights = tl.zeros([BLOCK], sums.dtype.element_ty)
-    for k in range(0, 8):
-        at = program.to(tl.int64) * (8 * BLOCK) + k * BLOCK + tl.arange(0, BLOCK)
-        losses += tl.load(sums + at, mask=at < n, other=0.0)
-        weights += tl.load(sums + n + at, mask=at < n, other=0.0)
-    loss, weight = tl.sum(losses, axis=0), tl.sum(weights, axis=0)
-    if LAST:
-        divisor = weight if MEAN else weight * 0 + 1
-        if MEAN:
-            loss = loss / weight
-            if EMPTY_ZERO:
-                loss = tl.where(weight == 0, 0.0, loss)
-        tl.store(out, loss)
-        tl.store(residuals + 3 * rows.to(tl.int64), divisor)
-    else:
-        tl.store(out + program, loss)
-        tl.store(out + tl.num_programs(0) + program, weight)
 
 
 # ---- Backward ---------------------------------------------------------------------------------
@@ -529,11 +450,11 @@ def backward_kernel(
     z_loss, cap, scale = tl.full([], z_loss, ACC), tl.full([], cap, ACC), tl.full([], scale, ACC)
     spans = tl.cdiv(tl.cdiv(classes, BLOCK), steps)
     first = tl.program_id(0) % spans * steps * BLOCK
-    outer, i, row, in_range = _rows_of(tl.program_id(0) // spans, inner, M, VEC, CLASSES_MINOR)
+    outer, i, row, in_range = rows_of(tl.program_id(0) // spans, inner, M, VEC, CLASSES_MINOR)
     t, _, _, s, live = _row_target(target, sample_weight, row, in_range, ignore_index, classes, PROB, ACC)
 
-    classes_end = _in_vectors(classes, VEC, CLASSES_MINOR)
-    rows_wide = _in_vectors(rows.to(tl.int64), VEC, not CLASSES_MINOR)
+    classes_end = in_vectors(classes, VEC, CLASSES_MINOR)
+    rows_wide = in_vectors(rows.to(tl.int64), VEC, not CLASSES_MINOR)
     divisor = tl.load(residuals + 3 * rows_wide)
     upstream = tl.load(grad_loss + row * grad_stride, mask=in_range, other=0.0).to(ACC) * s
     upstream = tl.where(divisor == 0, 0.0, upstream / tl.where(divisor == 0, 1.0, divisor))
@@ -542,7 +463,7 @@ def backward_kernel(
     rest = tl.load(residuals + rows_wide + row, mask=in_range, other=0.0)[:, None]
     sum_u_psi = tl.load(residuals + 2 * rows_wide + row, mask=in_range, other=0.0)[:, None]
     inverse = 1 / (1 + rest)
-    log_rest = _log1p(rest) if Z or (FOCAL > 0 and DENSE) else rest
+    log_rest = log1p(rest) if Z or (FOCAL > 0 and DENSE) else rest
     if not PROB:
         own = tl.zeros([M], ACC) + keep
         if DENSE and wa is not None:
@@ -552,12 +473,12 @@ def backward_kernel(
         c = start + tl.arange(0, BLOCK)
         in_classes = c < classes_end
         mask = (counts if CLASSES_MINOR else in_range)[:, None] & in_classes[None, :]
-        offsets = _offsets(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
+        offsets = offsets_of(outer, i, c, x_outer, x_row, x_class, VEC, CLASSES_MINOR)
         z = _load_z(logits, offsets, mask, scale, cap, SCALED, CAPPED, ACC)
         d = z - m
         p, rest_p = _p_and_rest(d, rest, inverse, FAST)
         if DENSE:
-            y_offsets = _offsets(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
+            y_offsets = offsets_of(outer, i, c, y_outer, y_row, y_class, VEC, CLASSES_MINOR) if PROB else 0
             u = _load_u(target, y_offsets, wa, wa_stride, c, classes_end, mask, keep, uniform, PROB, ACC)
             if not PROB:
                 u += tl.where(c[None, :] == t[:, None], own[:, None], 0.0)
@@ -577,5 +498,5 @@ def backward_kernel(
         if CAPPED:
             grad = grad * (1 - (z / cap) * (z / cap))
         grad = tl.where(counts[:, None], grad * upstream[:, None], 0.0)
-        offsets = _offsets(outer, i, c, g_outer, g_row, g_class, VEC, CLASSES_MINOR)
+        offsets = offsets_of(outer, i, c, g_outer, g_row, g_class, VEC, CLASSES_MINOR)
         tl.store(gradient + offsets, grad.to(gradient.dtype.element_ty), mask=in_range[:, None] & in_classes[None, :])

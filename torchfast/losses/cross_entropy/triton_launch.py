@@ -6,7 +6,6 @@ graph. Only TORCHFAST_CHECK=1 looks, at the targets.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchfast._env import flag
-from torchfast.losses.cross_entropy.reference import accumulate_dtype, check_range, class_dim, fake
+from torchfast.losses._common import accumulate_dtype, check_range
+from torchfast.losses.cross_entropy.reference import class_dim, fake
 from torchfast.losses.cross_entropy.triton_kernels import (
     FINISH,
     SCAN,
@@ -22,17 +22,18 @@ from torchfast.losses.cross_entropy.triton_kernels import (
     WHOLE,
     backward_kernel,
     forward_kernel,
-    sum_kernel,
 )
-
-#: Threads of a warp. AMD's RDNA has 32, which makes its programs smaller, not wrong.
-WARP = 64 if torch.version.hip else 32
-
-
-class Tile(NamedTuple):
-    M: int
-    BLOCK: int
-    warps: int
+from torchfast.losses.triton_launch import (
+    Dimension,
+    Tile,
+    add_up,
+    merged,
+    on_device,
+    power_of_2,
+    processors_of,
+    tile_of,
+    widened,
+)
 
 
 class Shape(NamedTuple):
@@ -60,34 +61,30 @@ def forward_tile(shape: Shape) -> Tile:
     if not shape.classes_minor:
         return _positions_tile(shape, at_least=2)
     in_registers = shape.classes <= 512 * shape.each
-    return _rows_tile(max(2, _power_of_2(shape.classes)) if in_registers else 256 * shape.each, shape)
+    return _rows_tile(max(2, power_of_2(shape.classes)) if in_registers else 256 * shape.each, shape)
 
 
 def backward_tile(shape: Shape) -> Tile:
     """As in the forward; but nothing is summed over the row, so blocks can be shorter."""
     if not shape.classes_minor:
         return _positions_tile(shape, at_least=1)
-    return _rows_tile(min(_power_of_2(shape.classes), 128 * shape.each), shape)
+    return _rows_tile(min(power_of_2(shape.classes), 128 * shape.each), shape)
 
 
 def _rows_tile(block: int, shape: Shape) -> Tile:
     """128 threads; fewer rows where a thread would own elements of more than 4: a row's numbers cost registers."""
     at_once = max(1, 128 * min(shape.vec, block) // block)  # rows that 128 threads own at a time
-    rows = max(1, min(128 * shape.each // block, 4 * at_once, _power_of_2(shape.inner)))
+    rows = max(1, min(128 * shape.each // block, 4 * at_once, power_of_2(shape.inner)))
     threads = rows * block // shape.each
-    return _tile(rows, block, max(threads, 32 * rows // at_once if rows > 4 else 0))
+    return tile_of(rows, block, max(threads, 32 * rows // at_once if rows > 4 else 0))
 
 
 def _positions_tile(shape: Shape, at_least: int) -> Tile:
     """A vector of positions for each of 128 threads; half a vector where that makes too many elements."""
     vector = max(1, min(16 // shape.itemsize, shape.each // at_least))
-    positions = min(128 * vector, _power_of_2(shape.inner))
-    block = min(max(at_least, _power_of_2(shape.classes)), max(at_least, 128 * shape.each // positions))
-    return _tile(positions, block, positions * block // shape.each)
-
-
-def _tile(rows: int, block: int, threads: int) -> Tile:
-    return Tile(rows, block, max(1, threads // WARP))
+    positions = min(128 * vector, power_of_2(shape.inner))
+    block = min(max(at_least, power_of_2(shape.classes)), max(at_least, 128 * shape.each // positions))
+    return tile_of(positions, block, positions * block // shape.each)
 
 
 def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int) -> int:
@@ -96,36 +93,10 @@ def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int)
     return steps if row_blocks * -(-blocks // steps) >= 8 * processors else 1
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132  # an H100's
-
-
 def splits_of(programs: int, blocks: int, processors: int) -> int:
     """Over how many programs a row is split: two a processor, and none without work."""
     splits = max(1, min(blocks, 2 * processors // programs))
     return -(-blocks // -(-blocks // splits))
-
-
-def _merged(shape: list[int], strides: list[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]] | None:
-    """Sizes, and each tensor's strides, of the rows as (outer, inner); None if two dimensions are too few."""
-    if 0 in shape:  # no rows; the strides mean nothing
-        strides = [(0,) * len(of) for of in strides]
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for size, stride in zip(shape, strides, strict=True):
-        if size == 1:
-            continue
-        if merged and all(a == b * size for a, b in zip(merged[-1][1], stride, strict=True)):
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    none = (1, (0,) * len(strides[0])) if strides else (1, ())
-    return [none] * (2 - len(merged)) + merged if len(merged) <= 2 else None
 
 
 class Call:
@@ -162,18 +133,18 @@ class Call:
             target = target.contiguous()
             if flag("TORCHFAST_CHECK"):
                 wide = target.long()  # 156 of uint8 is not -100
-                check_range(wide, (wide != ignore_index) & ((wide < 0) | (wide >= classes)), classes)
+                check_range(wide, (wide != ignore_index) & ((wide < 0) | (wide >= classes)), f"0 to {classes - 1}")
         else:
-            target = self._plain(target)
+            target = widened(target, self.acc)
 
         large = [logits, target if self.prob else logits, logits if gradient is None else gradient]
         sizes = [size for d, size in enumerate(logits.shape) if d != dim]
-        merged = self._layout(large, sizes, dim)
-        if merged is None:  # rows in more than two dimensions that do not merge
+        dimensions = self._layout(large, sizes, dim)
+        if dimensions is None:  # rows in more than two dimensions that do not merge
             large = [t.contiguous() for t in large]
-            merged = self._layout(large, sizes, dim)
-        assert merged is not None
-        (outer, outer_strides), (self.inner, inner_strides) = merged
+            dimensions = self._layout(large, sizes, dim)
+        assert dimensions is not None
+        (outer, outer_strides), (self.inner, inner_strides) = dimensions
         self.outer = outer
         class_strides = [t.stride(dim) for t in large]
         self.strides = list(zip(outer_strides, inner_strides, class_strides, strict=True))
@@ -192,14 +163,14 @@ class Call:
 
         if alpha is not None and alpha.numel() == 1:
             alpha = alpha.reshape(1).expand(classes)
-        self.weight = None if weight is None else self._plain(weight).contiguous()
+        self.weight = None if weight is None else widened(weight, self.acc).contiguous()
         if weight is None or alpha is None:
             either = weight if alpha is None else alpha
-            self.wa = None if either is None else self._plain(either)
+            self.wa = None if either is None else widened(either, self.acc)
         else:
             self.wa = weight.to(self.acc) * alpha.to(self.acc)
         self.wa_stride = 0 if self.wa is None else self.wa.stride(0)
-        self.sample_weight = None if sample_weight is None else self._plain(sample_weight).contiguous()
+        self.sample_weight = None if sample_weight is None else widened(sample_weight, self.acc).contiguous()
         self.ignore_index = ignore_index
         keep, uniform = 1.0 - label_smoothing, label_smoothing / classes
         self.numbers = tuple(float(v) for v in (keep, uniform, gamma, z_loss, softcap or 1.0, logit_scale))
@@ -222,20 +193,12 @@ class Call:
         """Programs of so many rows each."""
         return self.outer * -(-self.inner // rows)
 
-    def _plain(self, t: Tensor) -> Tensor:
-        """fp8 is widened: what the kernels compute in is read anyway."""
-        return t if t.element_size() > 1 else t.to(self.acc)
-
     @staticmethod
-    def _layout(large: list[Tensor], sizes: list[int], dim: int) -> list[tuple[int, tuple[int, ...]]] | None:
+    def _layout(large: list[Tensor], sizes: list[int], dim: int) -> list[Dimension] | None:
         strides = [tuple(t.stride(d) for t in large) for d in range(large[0].dim()) if d != dim]
         if not strides:
             return [(1, (0,) * len(large))] * 2
-        return _merged(sizes, strides)
-
-    def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(self.device.type)
-        return contextlib.nullcontext() if module is None else module.device(self.device)
+        return merged(sizes, strides, 2)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -247,9 +210,9 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
     tile = forward_tile(call.shape)
     blocks = -(-call.classes // tile.BLOCK)
     row_blocks = call.row_blocks(tile.M)
-    splits = splits_of(row_blocks, blocks, _processors(call.device)) if call.rows else 1
+    splits = splits_of(row_blocks, blocks, processors_of(call.device)) if call.rows else 1
     # Split rows are finished a few at a time, with the results of all their splits.
-    last = tile if splits == 1 else _tile(min(tile.M, max(1, 512 // _power_of_2(splits))), tile.BLOCK, 128)
+    last = tile if splits == 1 else tile_of(min(tile.M, max(1, 512 // power_of_2(splits))), tile.BLOCK, 128)
     programs = call.row_blocks(last.M)
     sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if call.reduction else loss
 
@@ -277,12 +240,12 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
             STAGE=stage.value,
             M=tile.M,
             BLOCK=tile.BLOCK,
-            SPLITS=_power_of_2(splits),
+            SPLITS=power_of_2(splits),
             ONE_BLOCK=blocks == 1,
             num_warps=tile.warps,
         )
 
-    with call.on_device():
+    with on_device(call.device):
         if splits > 1:
             partials = torch.empty(5 * splits * call.rows, dtype=call.acc, device=call.device)
             launch(SCAN, tile, row_blocks * splits, partials)
@@ -292,21 +255,9 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
         elif call.rows:
             launch(WHOLE, tile, programs, None)
         if call.reduction:
-            _add_up(sums, programs, loss, residuals, call)
+            divisor = residuals[3 * call.rows :]
+            add_up(sums, programs, loss, divisor, mean=call.reduction == 1, empty_zero=call.empty_zero)
     return loss, residuals
-
-
-def _add_up(sums: Tensor, n: int, loss: Tensor, residuals: Tensor, call: Call) -> None:
-    block = 1024
-    while True:
-        programs = max(1, -(-n // (8 * block)))
-        last = programs == 1
-        out = loss if last else sums.new_empty(2 * programs)
-        flags = {"MEAN": call.reduction == 1, "EMPTY_ZERO": call.empty_zero, "LAST": last}
-        sum_kernel[(programs,)](sums, out, residuals, n, call.rows, **flags, BLOCK=block, num_warps=4)
-        if last:
-            return
-        sums, n = out, programs
 
 
 def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out: Tensor) -> None:
@@ -317,10 +268,10 @@ def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out
     tile = backward_tile(call.shape)
     row_blocks = call.row_blocks(tile.M)
     blocks = -(-call.classes // tile.BLOCK)
-    steps = steps_of(call.classes_minor, row_blocks, blocks, _processors(call.device))
+    steps = steps_of(call.classes_minor, row_blocks, blocks, processors_of(call.device))
     if any(grad_loss.stride()):
         grad_loss = grad_loss.contiguous()
-    with call.on_device():
+    with on_device(call.device):
         backward_kernel[(row_blocks * -(-blocks // steps),)](
             grad_loss,
             call.logits,

@@ -1,0 +1,1088 @@
+// Ranking metrics on the CPU. Definitions and reference: torchfast/metrics/ranking/.
+//
+// The metrics depend on the ranks of the documents that are judged (target > 0) alone, and a rank is a
+// number of larger scores. Per query, the cheapest of three ways to them:
+//   count   few judged documents: compare every document with each of them, chunk by chunk in L1
+//   top     many, but only the first k ranks matter: sort the documents from the k-th score up
+//   sort    many: sort all documents (radix sort)
+// Each finds the groups of tied documents exactly; csrc/ranking.h turns these into the metrics.
+#include "../ranking.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common.h"
+
+#ifndef TORCHFAST_FILE
+namespace torchfast {
+namespace {
+
+struct Arguments {
+  Tensor preds, target;
+  std::optional<Tensor> offsets, mask, lengths, num_relevant, unretrieved, unretrieved_offsets, gain_table;
+  std::vector<int64_t> kinds, ks;
+  ranking::Options options;
+};
+
+// Work within one query, shared out to threads where the query is huge.
+struct Parts {
+  int64_t count = 1;
+  template <class F>
+  void for_each(const F& f) const {
+    if (count == 1) return f(int64_t{0});
+    torch::stable::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t part = from; part < to; ++part) f(part);
+    });
+  }
+  // f(part, begin, end), the boundaries at multiples of `step`.
+  template <class F>
+  void for_each_range(int64_t n, int64_t step, const F& f) const {
+    int64_t each = (n / count + step) / step * step;
+    for_each([&](int64_t part) { f(part, std::min(n, part * each), std::min(n, (part + 1) * each)); });
+  }
+};
+
+// Memory that is not initialised and only grows.
+template <class T>
+class Buffer {
+ public:
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_[i]; }
+  T* need(int64_t n, int64_t keep = 0) {
+    if (n > size_) {
+      size_ = std::max(n, size_ + size_ / 2);
+      std::unique_ptr<T[]> larger(new T[size_]);
+      std::copy(get(), get() + keep, larger.get());
+      data_ = std::move(larger);
+    }
+    return get();
+  }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  int64_t size_ = 0;
+};
+
+// ---- Radix sort --------------------------------------------------------------------------------
+
+template <class Key>
+struct Keyed {
+  Key key;
+  Key id;
+};
+
+// Sorts by bits low .. low + bits - 1 of the key; returns a or b, whichever holds the result.
+template <class Key>
+Keyed<Key>* sort_by_bits(Keyed<Key>* a, Keyed<Key>* b, int64_t n, int low, int bits, const Parts& parts,
+                         Buffer<Key>& counts) {
+  constexpr int kDigit = 12;  // counters that fit in L1
+  int passes = (bits + kDigit - 1) / kDigit, digit = (bits + passes - 1) / passes;
+  int64_t values = int64_t{1} << digit;
+  counts.need(parts.count * values);
+  for (int pass = 0; pass < passes; ++pass) {
+    int shift = low + pass * digit;
+    auto value = [=](const Keyed<Key>& x) { return (x.key >> shift) & Key(values - 1); };
+    parts.for_each_range(n, 1, [&](int64_t part, int64_t begin, int64_t end) {
+      Key* count = counts.get() + part * values;
+      std::fill_n(count, values, 0);
+      for (int64_t i = begin; i < end; ++i) ++count[value(a[i])];
+    });
+    Key total = 0;
+    for (int64_t v = 0; v < values; ++v)
+      for (int64_t part = 0; part < parts.count; ++part)
+        total += std::exchange(counts[part * values + v], total);
+    parts.for_each_range(n, 1, [&](int64_t part, int64_t begin, int64_t end) {
+      Key* to = counts.get() + part * values;
+      for (int64_t i = begin; i < end; ++i) b[to[value(a[i])]++] = a[i];
+    });
+    std::swap(a, b);
+  }
+  return a;
+}
+
+// Sorts what is nearly sorted already; false where it is not, and sorting stopped.
+template <class Key>
+bool sort_by_insertion(Keyed<Key>* a, int64_t n) {
+  int64_t moves = 4 * n;
+  for (int64_t i = 1; i < n && moves > 0; ++i) {
+    Keyed<Key> x = a[i];
+    int64_t to = i;
+    for (; to > 0 && a[to - 1].key > x.key; --to) a[to] = a[to - 1];
+    a[to] = x;
+    moves -= i - to;
+  }
+  return moves > 0;
+}
+
+// Sorts by the key, ascending and stable; returns a or b, whichever holds the result. The leading bits
+// that tell most keys apart come first: few pairs of neighbours are then left to exchange.
+template <class Key>
+Keyed<Key>* radix_sort(Keyed<Key>* a, Keyed<Key>* b, int64_t n, const Parts& parts, Buffer<Key>& counts) {
+  std::vector<Key> differing_in(parts.count);
+  parts.for_each_range(n, 1, [&](int64_t part, int64_t begin, int64_t end) {
+    Key differing = 0;
+    for (int64_t i = begin; i < end; ++i) differing |= a[i].key ^ a[0].key;
+    differing_in[part] = differing;
+  });
+  Key differing = 0;
+  for (Key of_part : differing_in) differing |= of_part;
+  if (differing == 0) return a;
+  int low = std::countr_zero(differing), high = int(std::bit_width(differing));
+  int leading = std::min(high - low, int(std::bit_width(uint64_t(n))) + 8);
+  Keyed<Key>* sorted = sort_by_bits(a, b, n, high - leading, leading, parts, counts);
+  if (leading == high - low || sort_by_insertion(sorted, n)) return sorted;
+  return sort_by_bits(sorted, sorted == a ? b : a, n, low, high - low, parts, counts);
+}
+
+// ---- From groups to values ----------------------------------------------------------------------
+
+// 1 / log2(rank + 1): from a table as far as queries commonly reach.
+class Discounts {
+ public:
+  explicit Discounts(int64_t ranks) : table_(ranks <= 4096 ? made<4096>() : made<1 << 20>()) {}
+  double operator()(int64_t rank) const {
+    return rank < int64_t(table_.size()) ? table_[rank] : 1 / std::log2(double(rank) + 1);
+  }
+
+ private:
+  template <int64_t size>
+  static const std::vector<double>& made() {
+    static const std::vector<double> table = [] {
+      std::vector<double> result(size + 1);
+      for (int64_t rank = 1; rank <= size; ++rank) result[rank] = 1 / std::log2(double(rank) + 1);
+      return result;
+    }();
+    return table;
+  }
+  const std::vector<double>& table_;
+};
+
+double map_over_hits(const ranking::Group* groups, int64_t count, int64_t k) {
+  double sum = 0, hits = 0;
+  const ranking::Group* cut = nullptr;
+  for (const ranking::Group* g = groups; g < groups + count; ++g) {
+    if (int64_t m = ranking::up_to(*g, k); m == g->n)
+      sum += ranking::precisions(*g, m), hits += double(g->relevant);
+    else if (m > 0)
+      cut = g;
+  }
+  if (cut) return ranking::precisions_over_hits(*cut, k - cut->before, sum);
+  return hits > 0 ? sum / hits : 0;
+}
+
+// The best DCG: gains in descending order.
+class Ideal {
+ public:
+  // `gains` is reordered, up to the longest cut-off.
+  Ideal(double* gains, int64_t n, int64_t longest) : gains_(gains), n_(n) {
+    auto descending = [](double a, double b) { return a > b; };
+    if (std::adjacent_find(gains, gains + n, std::not_equal_to<>()) == gains + n) return;
+    if (longest < n / 4) {
+      std::nth_element(gains, gains + longest, gains + n, descending);
+      n_ = longest;
+    }
+    int64_t count[256] = {};
+    bool small = true;
+    for (int64_t i = 0; i < n_; ++i) {
+      auto gain = uint8_t(gains[i]);
+      small &= gain == gains[i];
+      ++count[gain];
+    }
+    if (small && n_ > 32) {
+      for (int gain = 255; gain >= 0; gain--) gains = std::fill_n(gains, count[gain], double(gain));
+    } else {
+      std::sort(gains, gains + n_, descending);
+    }
+  }
+  double dcg(int64_t k, const Discounts& discounts) const {
+    double sum = 0;
+    for (int64_t i = 0; i < std::min(k, n_); ++i) sum += gains_[i] * discounts(i + 1);
+    return sum;
+  }
+
+ private:
+  const double* gains_;
+  int64_t n_;
+};
+
+// Values of all metrics for a query with these groups, in any order. `gains` holds those of all judged
+// documents.
+void evaluate(const Arguments& a, const ranking::Query& query, const ranking::Group* groups, int64_t count,
+              double* gains, int64_t gains_count, const Discounts& discounts, double* out, int64_t step) {
+  using namespace ranking;
+  int64_t longest = 0;  // cut-off of NDCG
+  for (size_t m = 0; m < a.kinds.size(); ++m)
+    if (a.kinds[m] == ndcg) longest = std::max(longest, cut_of(ndcg, a.ks[m], query));
+  Ideal ideal(gains, longest > 0 ? gains_count : 0, longest);
+  for (size_t m = 0; m < a.kinds.size(); ++m, out += step) {
+    int64_t kind = a.kinds[m], k = cut_of(kind, a.ks[m], query);
+    if (kind == map && a.options.map_denominator == hits) {
+      *out = map_over_hits(groups, count, k);
+      continue;
+    }
+    auto sum_of = [&](auto kind) {
+      double sum = 0;
+      for (int64_t i = 0; i < count; ++i) sum += contribution<kind()>(groups[i], k, discounts);
+      return sum;
+    };
+    double sum = 0;
+    switch (kind) {
+      case ndcg:
+      case dcg: sum = sum_of(std::integral_constant<Kind, dcg>{}); break;
+      case mrr: sum = sum_of(std::integral_constant<Kind, mrr>{}); break;
+      case hit_rate: sum = sum_of(std::integral_constant<Kind, hit_rate>{}); break;
+      case map: sum = sum_of(std::integral_constant<Kind, map>{}); break;
+      default: sum = sum_of(std::integral_constant<Kind, precision>{});
+    }
+    *out = value_of(kind, a.ks[m], sum, kind == ndcg ? ideal.dcg(k, discounts) : 0, query, a.options);
+  }
+}
+
+}  // namespace
+}  // namespace torchfast
+#endif
+
+#define TORCHFAST_FILE "cpu/ranking.cpp"
+#include "../foreach_isa.h"
+#include "../tensors.h"
+#include "../walk.h"
+
+namespace torchfast::TORCHFAST_ISA {
+namespace {
+
+using ranking::Group;
+
+constexpr int64_t kChunk = 2048;              // scores that stay in L1
+constexpr int64_t kBlock = 32768;             // documents that a thread takes at a time
+constexpr int64_t kMaxDocuments = INT32_MAX;  // of a query
+
+// ---- Judged documents ---------------------------------------------------------------------------
+
+// The documents of a query that matter: of target > 0, or all (ranking::zero_is_nothing).
+struct Judged {
+  int64_t count = 0;
+  bool wrong = false;  // a target is none
+  Buffer<int32_t> at;  // ascending
+  Buffer<double> y;
+
+  void clear() { count = 0, wrong = false; }
+  void append(const Judged& other) {
+    std::copy_n(other.at.get(), other.count, at.need(count + other.count, count) + count);
+    std::copy_n(other.y.get(), other.count, y.need(count + other.count, count) + count);
+    count += other.count;
+    wrong |= other.wrong;
+  }
+};
+
+template <int size>
+using Signed = std::conditional_t<
+    size == 8, int64_t,
+    std::conditional_t<size == 4, int32_t, std::conditional_t<size == 2, int16_t, int8_t>>>;
+
+// Appends those of y[begin .. end), `stride` apart.
+template <class T>
+void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end, const ranking::Options& o,
+                 Judged& found) {
+  constexpr int64_t kLook = 64;  // documents looked at together
+  constexpr int L = TORCHFAST_VECTOR_BYTES / sizeof(T);
+  typedef Signed<sizeof(T)> V __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
+  const T* y = static_cast<const T*>(targets);
+  bool skip_zeros = ranking::zero_is_nothing(o), wrong = false;
+  int64_t count = found.count;
+  for (int64_t i = begin; i < end; i += kLook) {
+    int64_t n = std::min(kLook, end - i);
+    uint64_t look = 0;  // those whose bits are not all 0
+    if (skip_zeros && stride == 1 && end - begin >= L) {
+      for (int64_t j = 0; j < n; j += L) {
+        int64_t from = std::min(i + j, end - L);  // the last vector may overlap the one before
+        V v;
+        __builtin_memcpy(&v, y + from, sizeof(v));
+        uint64_t bits = lane_bits(v != 0);
+        look |= from < i ? bits >> (i - from) : bits << (from - i);
+      }
+    } else {
+      look = n == kLook ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+    }
+    if (!look) continue;
+    int32_t* at = found.at.need(count + kLook, count);
+    double* value = found.y.need(count + kLook, count);
+    for (; look; look &= look - 1) {
+      int64_t j = i + std::countr_zero(look);
+      double v;
+      if constexpr (std::is_integral_v<T>)
+        v = double(y[j * stride]);
+      else
+        v = double(to_real(y[j * stride]));
+      at[count] = int32_t(j);
+      value[count] = v;
+      wrong |= !ranking::is_target(v, o);
+      count += !skip_zeros || v > 0;
+    }
+  }
+  found.count = count;
+  found.wrong |= wrong;
+}
+
+// to[0 .. result) are those of the n elements that the mask keeps.
+template <class T>
+int64_t keep(const void* from, int64_t stride, const bool* mask, int64_t mask_stride, int64_t n, void* to) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    static_cast<T*>(to)[kept] = static_cast<const T*>(from)[i * stride];
+    kept += mask[i * mask_stride];
+  }
+  return kept;
+}
+
+// A tensor with an element per document.
+struct PerDocument {
+  PerDocument() = default;
+  PerDocument(const Tensor& x, bool flat)
+      : data(static_cast<const char*>(x.const_data_ptr())),
+        size(x.element_size()),
+        query_stride(size * x.stride(0)),
+        stride(x.stride(flat ? 0 : 1)) {}
+  // Those of a query; where they are flat, of the query that begins with document i.
+  const char* of(int64_t i) const { return data + i * query_stride; }
+
+  const char* data = nullptr;
+  int64_t size, query_stride;  // in bytes
+  int64_t stride;              // between documents, in elements
+};
+
+struct Targets : PerDocument {
+  Targets() = default;
+  Targets(const Tensor& x, bool flat) : PerDocument(x, flat) {
+    auto choose = [&](auto* typed) {
+      using T = std::remove_cvref_t<decltype(*typed)>;
+      find = find_judged<T>;
+      keep = TORCHFAST_ISA::keep<T>;
+    };
+    if (x.scalar_type() == ScalarType::Bool)
+      choose(static_cast<const uint8_t*>(nullptr));
+    else if (is_integer(x.scalar_type()))
+      with_index_type(x, choose);
+    else
+      with_float_type(x, choose);
+  }
+  decltype(&find_judged<float>) find;
+  decltype(&TORCHFAST_ISA::keep<float>) keep;
+};
+
+// ---- Scores ---------------------------------------------------------------------------------------
+
+template <class S>
+struct Row {
+  const S* scores;
+  int64_t stride, n;
+};
+
+// f(scores, begin, n) for chunks of the row from begin to end, in the form that registers read: widened,
+// contiguous, filled up with NaN to a full vector.
+template <class R, class S, class F>
+TORCHFAST_INLINE void for_each_chunk(const Row<S>& row, int64_t begin, int64_t end, const F& f) {
+  constexpr int L = Simd<R>::lanes;
+  R chunk[kChunk];
+  bool direct = std::is_same_v<S, R> && row.stride == 1;
+  for (int64_t i = begin, n; i < end; i += n) {
+    n = std::min(kChunk, end - i);
+    const S* x = row.scores + i * row.stride;
+    if (direct && n >= L) {
+      n = n / L * L;
+      f(reinterpret_cast<const R*>(x), i, n);
+    } else {
+      if (n % L) store(chunk + n / L * L, splat(R(NAN)));
+      gather(x, row.stride, n, chunk);
+      f(static_cast<const R*>(chunk), i, n);
+    }
+  }
+}
+
+// How many of the chunk are not NaN.
+template <class R>
+int64_t count_numbers(const R* x, int64_t n) {
+  int64_t numbers = 0;
+  for (int64_t i = 0; i < n; i += Simd<R>::lanes)
+    numbers += std::popcount(equal_bits(load<R>(x + i), load<R>(x + i)));
+  return numbers;
+}
+
+// Adds to larger[j] and equal[j] the number of the scores x[0 .. n) larger than and equal to score[j].
+template <class R, int scores>
+TORCHFAST_INLINE void compare(const R* x, int64_t n, const R* score, IntVec<R>* larger, IntVec<R>* equal) {
+  Vec<R> s[scores];
+  IntVec<R> more[scores], same[scores];
+  for (int j = 0; j < scores; ++j) s[j] = splat(score[j]), more[j] = larger[j], same[j] = equal[j];
+  for (int64_t i = 0; i < n; i += Simd<R>::lanes) {
+    Vec<R> v = load<R>(x + i);
+    for (int j = 0; j < scores; ++j) {
+      count_if(more[j], v > s[j]);
+      count_if(same[j], v == s[j]);
+    }
+  }
+  for (int j = 0; j < scores; ++j) larger[j] = more[j], equal[j] = same[j];
+}
+
+template <class R>
+void compare_all(const R* x, int64_t n, const R* score, int64_t scores, IntVec<R>* larger, IntVec<R>* equal) {
+  constexpr int kAtOnce = TORCHFAST_VECTOR_BYTES == 64 ? 8 : 4;  // by the number of registers
+  int64_t j = 0;
+  for (; j + kAtOnce <= scores; j += kAtOnce) compare<R, kAtOnce>(x, n, score + j, larger + j, equal + j);
+  if (kAtOnce > 4 && j + 4 <= scores) compare<R, 4>(x, n, score + j, larger + j, equal + j), j += 4;
+  if (j + 2 <= scores) compare<R, 2>(x, n, score + j, larger + j, equal + j), j += 2;
+  if (j < scores) compare<R, 1>(x, n, score + j, larger + j, equal + j);
+}
+
+// Larger scores have smaller keys; all NaN the largest.
+template <class R>
+using Key = std::make_unsigned_t<Int<R>>;
+
+template <class R>
+Key<R> to_key(R score) {
+  constexpr int top = sizeof(R) * 8 - 1;
+  auto bits = bit_cast<Int<R>>(score + R(0));  // -0 becomes 0
+  return score == score ? Key<R>(bits ^ (~(bits >> top) & std::numeric_limits<Int<R>>::max())) : Key<R>(-1);
+}
+
+// ---- One query ------------------------------------------------------------------------------------
+
+template <class R>
+class Ranker {
+  static constexpr int L = Simd<R>::lanes;
+  using Element = Keyed<Key<R>>;
+
+ public:
+  Ranker(const Arguments& a, const Discounts& discounts, int64_t step)
+      : a_(a), o_(a.options), discounts_(discounts), step_(step) {
+    for (size_t m = 0; m < a.kinds.size(); ++m) {
+      of_all_ranks_ |= a.kinds[m] != ranking::r_precision && a.ks[m] == 0;
+      longest_cut_ = std::max(longest_cut_, a.ks[m]);
+      by_relevant_ |= a.kinds[m] == ranking::r_precision;
+    }
+  }
+
+  Judged judged;  // of the query
+  Judged more;    // those that were not retrieved; at means nothing
+
+  // Judged documents in, values out.
+  template <class S>
+  void rank(const Row<S>& row, const Parts& parts, int64_t num_relevant, double* out, bool* empty) {
+    using namespace ranking;
+    Query query{row.n, 0, 0};
+    bool gain = false;
+    gains_.need(judged.count + more.count);
+    double* gains = gains_.get();
+    for (int64_t i = 0; i < judged.count; ++i) {
+      query.relevant += is_relevant(judged.y[i], o_);
+      *gains++ = gain_of(judged.y[i], o_);
+    }
+    query.n_rel = query.relevant;
+    for (int64_t i = 0; i < more.count; ++i) {
+      query.n_rel += is_relevant(more.y[i], o_);
+      *gains++ = gain_of(more.y[i], o_);
+    }
+    for (double* g = gains_.get(); g < gains; ++g) gain |= *g > 0;
+    if (num_relevant >= 0) query.n_rel = num_relevant;
+
+    groups_.clear();
+    relevant_before_ = 0;
+    int64_t cut = of_all_ranks_ ? row.n : std::max(longest_cut_, by_relevant_ ? query.n_rel : 0);
+    int64_t numbers;
+    if (judged.count <= kCounted)
+      numbers = rank_by_counting(row, parts);
+    else
+      numbers = rank_by_sorting(row, cut, parts);
+    bool bad = judged.wrong || more.wrong || query.n_rel < query.relevant ||
+               (o_.nan == propagate && numbers < row.n);
+    if (bad) return fail(out, empty);
+    empty[0] = query.n_rel == 0;
+    empty[step_] = !gain;
+    evaluate(a_, query, groups_.data(), groups_.size(), gains_.get(), gains - gains_.get(), discounts_, out,
+             step_);
+  }
+
+  void fail(double* out, bool* empty) const {
+    for (size_t m = 0; m < a_.kinds.size(); ++m) out[m * step_] = NAN;
+    empty[0] = empty[step_] = false;
+  }
+
+ private:
+  // ---- Groups, in order ----
+
+  // The judged documents ids[0 .. count) are among n of one score, after `before` others.
+  void add_group(int64_t before, int64_t n, int32_t* ids, int64_t count) {
+    if (o_.ties == ranking::average) {
+      Group group{before, n, 0, relevant_before_, 0};
+      for (int64_t i = 0; i < count; ++i) {
+        group.relevant += ranking::is_relevant(judged.y[ids[i]], o_);
+        group.gain += gains_[ids[i]];
+      }
+      group.gain /= double(n);
+      relevant_before_ += group.relevant;
+      groups_.push_back(group);
+      return;
+    }
+    bool first = o_.ties == ranking::optimistic;
+    std::stable_sort(ids, ids + count, [&](int32_t a, int32_t b) {
+      return first ? judged.y[a] > judged.y[b] : judged.y[a] < judged.y[b];
+    });
+    for (int64_t i = 0; i < count; ++i) add_one(first ? before + i : before + n - count + i, ids[i]);
+  }
+  void add_one(int64_t before, int32_t id) {
+    bool relevant = ranking::is_relevant(judged.y[id], o_);
+    groups_.push_back({before, 1, relevant, relevant_before_, gains_[id]});
+    relevant_before_ += relevant;
+  }
+
+  // ---- Count ----
+
+  template <class S>
+  int64_t rank_by_counting(const Row<S>& row, const Parts& parts) {
+    int64_t count = judged.count;
+    uint64_t relevant = 0, nan = 0;  // bits of judged documents
+    for (int64_t i = 0; i < count; ++i) {
+      score_[i] = R(to_real(row.scores[judged.at[i] * row.stride]));
+      relevant |= uint64_t(ranking::is_relevant(judged.y[i], o_)) << i;
+      nan |= uint64_t(score_[i] != score_[i]) << i;
+    }
+    store(score_ + count, splat(R(NAN)));
+    if (count == 0 && o_.nan == ranking::last) return row.n;  // no score matters
+    int64_t larger[kCounted], equal[kCounted];
+    int64_t numbers = count_scores(row, parts, larger, equal);
+    for (int64_t i = 0; i < count; ++i) {
+      uint64_t above = 0, same = 0;
+      for (int64_t j = 0; j < count; j += L) {
+        above |= larger_bits(load<R>(score_ + j), splat(score_[i])) << j;
+        same |= equal_bits(load<R>(score_ + j), splat(score_[i])) << j;
+      }
+      if (std::countr_zero(same) != i) continue;  // in the group of an earlier one, or NaN
+      relevant_before_ = std::popcount(above & relevant);
+      add_counted(row, larger[i], equal[i], score_[i], same);
+    }
+    relevant_before_ = std::popcount(relevant & ~nan);
+    if (nan) add_counted(row, numbers, row.n - numbers, R(NAN), nan);
+    return numbers;
+  }
+
+  template <class S>
+  void add_counted(const Row<S>& row, int64_t before, int64_t n, R score, uint64_t members) {
+    if (n == 1) return add_one(before, std::countr_zero(members));
+    int32_t ids[kCounted], *end = ids;
+    for (; members; members &= members - 1) *end++ = std::countr_zero(members);
+    if (o_.ties == ranking::stable)
+      add_stable(row, before, score, ids, end - ids);
+    else
+      add_group(before, n, ids, end - ids);
+  }
+
+  // Counts the scores larger than and equal to each of score_; returns how many are not NaN.
+  template <class S>
+  int64_t count_scores(const Row<S>& row, const Parts& parts, int64_t* larger, int64_t* equal) {
+    int64_t count = judged.count;
+    if (row.n <= kShort) return count_short(row, larger, equal);
+    counts_.need(parts.count * 2 * count);
+    std::atomic<int64_t> numbers{0};
+    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
+      IntVec<R>* counts = counts_.get() + part * 2 * count;
+      std::fill_n(counts, 2 * count, IntVec<R>{});
+      int64_t in_part = 0;
+      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t, int64_t n) {
+        in_part += count_numbers(x, n);
+        compare_all(x, n, score_, count, counts, counts + count);
+      });
+      numbers += in_part;
+    });
+    for (int64_t j = 0; j < count; ++j) {
+      larger[j] = equal[j] = 0;
+      for (int64_t part = 0; part < parts.count; ++part) {
+        larger[j] += sum_lanes<R>(counts_[part * 2 * count + j]);
+        equal[j] += sum_lanes<R>(counts_[part * 2 * count + count + j]);
+      }
+    }
+    return numbers;
+  }
+
+  // The same for a row whose counts are not worth vectors.
+  template <class S>
+  TORCHFAST_INLINE int64_t count_short(const Row<S>& row, int64_t* larger, int64_t* equal) {
+    R staged[kShort + L];
+    const R* x = staged;
+    int64_t rest = row.n % L, full = row.n - rest, last = full;
+    uint64_t of_last = ~uint64_t{0};  // the lanes of the last vector that count
+    if (std::is_same_v<S, R> && row.stride == 1 && row.n >= L) {
+      x = reinterpret_cast<const R*>(row.scores);
+      last = row.n - L;
+      of_last <<= L - rest;
+    } else {
+      store(staged + full, splat(R(NAN)));
+      gather(row.scores, row.stride, row.n, staged);
+    }
+    auto count = [&](const auto& bits_of) __attribute__((always_inline)) {
+      int64_t sum = 0;
+      for (int64_t i = 0; i < full; i += L) sum += std::popcount(bits_of(load<R>(x + i)));
+      if (rest) sum += std::popcount(bits_of(load<R>(x + last)) & of_last);
+      return sum;
+    };
+    for (int64_t j = 0; j < judged.count; ++j) {
+      Vec<R> score = splat(score_[j]);
+      larger[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return larger_bits(v, score); });
+      equal[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return equal_bits(v, score); });
+    }
+    return count([](Vec<R> v) __attribute__((always_inline)) { return equal_bits(v, v); });
+  }
+
+  // A group whose order is that of the positions.
+  template <class S>
+  void add_stable(const Row<S>& row, int64_t before, R score, const int32_t* ids, int64_t count) {
+    int64_t from = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t at = judged.at[ids[i]];
+      IntVec<R> larger{}, equal{};
+      int64_t numbers = 0;
+      for_each_chunk<R>(row, from, at, [&](const R* x, int64_t, int64_t n) {
+        numbers += count_numbers(x, n);
+        compare<R, 1>(x, n, &score, &larger, &equal);
+      });
+      before += score == score ? sum_lanes<R>(equal) : at - from - numbers;
+      add_one(before++, ids[i]);
+      from = at + 1;
+    }
+  }
+
+  // ---- Sort ----
+
+  // All documents, or those from the cut-th score up.
+  template <class S>
+  int64_t rank_by_sorting(const Row<S>& row, int64_t cut, const Parts& parts) {
+    int64_t numbers = -1, n = 0;
+    if (cut < row.n / 8) numbers = select_top(row, cut, parts, n);
+    if (n == 0) {
+      n = row.n;
+      Element* all = elements_.need(2 * n);
+      std::atomic<int64_t> counted{0};
+      parts.for_each_range(n, kChunk, [&](int64_t, int64_t begin, int64_t end) {
+        for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t first, int64_t in_chunk) {
+          counted += count_numbers(x, in_chunk);
+          for (int64_t j = 0; j < in_chunk; ++j) all[first + j] = {to_key(x[j]), 0};
+        });
+      });
+      numbers = counted;
+      for (int64_t i = 0; i < judged.count; ++i) all[judged.at[i]].id = Key<R>(i + 1);
+    }
+    const Element* sorted = radix_sort(elements_.get(), elements_.get() + n, n, parts, digits_);
+    add_groups(sorted, n);
+    return numbers;
+  }
+
+  // Puts the documents from the cut-th score up into elements_, and their number into n: 0 where so many
+  // scores above -inf do not exist. Returns how many scores are not NaN.
+  template <class S>
+  int64_t select_top(const Row<S>& row, int64_t cut, const Parts& parts, int64_t& n) {
+    int64_t room = 2 * cut + kChunk;
+    R* tops = tops_.need(parts.count * room);
+    std::vector<int64_t> found(parts.count);
+    std::atomic<int64_t> numbers{0};
+    auto larger = std::greater<R>();
+    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
+      R *top = tops + part * room, least = -INFINITY;
+      int64_t count = 0;
+      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t, int64_t in_chunk) {
+        numbers += count_numbers(x, in_chunk);
+        if (count + in_chunk > room) {
+          std::nth_element(top, top + cut - 1, top + count, larger);
+          least = top[cut - 1];
+          count = cut;
+        }
+        for_each_hit(
+            x, in_chunk, least, [](auto a, auto b) { return a > b; },
+            [&](int64_t j, bool hit) {
+              top[count] = x[j];
+              count += hit;
+            });
+      });
+      found[part] = count;
+    });
+    int64_t count = found[0];
+    for (int64_t part = 1; part < parts.count; count += found[part++])
+      std::copy_n(tops + part * room, found[part], tops + count);
+    if (count < cut) return numbers;
+    std::nth_element(tops, tops + cut - 1, tops + count, larger);
+    R least = tops[cut - 1];
+
+    std::vector<std::vector<Element>> chosen(parts.count);
+    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
+      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t first, int64_t in_chunk) {
+        for_each_hit(
+            x, in_chunk, least, [](auto a, auto b) { return a >= b; },
+            [&](int64_t j, bool hit) {
+              if (hit) chosen[part].push_back({to_key(x[j]), Key<R>(first + j)});
+            });
+      });
+    });
+    for (const auto& of_part : chosen) n += of_part.size();
+    Element* element = elements_.need(2 * n);
+    for (const auto& of_part : chosen) element = std::copy(of_part.begin(), of_part.end(), element);
+    int64_t i = 0;
+    for (element = elements_.get(); element < elements_.get() + n; ++element) {
+      while (i < judged.count && judged.at[i] < int64_t(element->id)) ++i;
+      element->id = i < judged.count && judged.at[i] == int64_t(element->id) ? Key<R>(i + 1) : 0;
+    }
+    return numbers;
+  }
+
+  // f(j, is(x[j], score)) for all j of the vectors of which any is.
+  template <class Is, class F>
+  static void for_each_hit(const R* x, int64_t n, R score, const Is& is, const F& f) {
+    for (int64_t j = 0; j < n; j += 4 * L) {
+      IntVec<R> any{};
+      for (int64_t i = j; i < std::min(n, j + 4 * L); i += L) any |= is(load<R>(x + i), splat(score));
+      if (lane_bits(any))
+        for (int64_t i = j; i < std::min(n, j + 4 * L); ++i) f(i, is(x[i], score));
+    }
+  }
+
+  // Documents by ascending key; id - 1 is the judged document's, 0 says none.
+  void add_groups(const Element* sorted, int64_t n) {
+    int32_t* at = id_.need(n + judged.count + 1);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      at[count] = int32_t(i);
+      count += sorted[i].id != 0;
+    }
+    int32_t* ids = at + count;
+    for (int64_t c = 0; c < count;) {
+      int64_t begin = at[c], end = begin + 1, in_group = 0;
+      auto key = sorted[begin].key;
+      if (o_.ties != ranking::stable) {
+        while (begin > 0 && sorted[begin - 1].key == key) --begin;
+        while (end < n && sorted[end].key == key) ++end;
+      }
+      for (; c < count && at[c] < end; ++c) ids[in_group++] = int32_t(sorted[at[c]].id - 1);
+      if (end == begin + 1)
+        add_one(begin, ids[0]);
+      else
+        add_group(begin, end - begin, ids, in_group);
+    }
+  }
+
+  static constexpr int64_t kCounted = 4 * L;  // up to so many judged documents, counting is faster
+  static constexpr int64_t kShort = 512;      // documents of a row whose counts are not worth vectors
+
+  const Arguments& a_;
+  const ranking::Options& o_;
+  const Discounts& discounts_;
+  int64_t step_;
+  bool of_all_ranks_ = false, by_relevant_ = false;  // metrics without cut-off; with n_rel as theirs
+  int64_t longest_cut_ = 0;
+
+  Buffer<double> gains_;  // of the judged documents, then of those not retrieved
+  std::vector<Group> groups_;
+  int64_t relevant_before_ = 0;
+  // By counting: the judged documents' scores.
+  R score_[kCounted + L];
+  Buffer<IntVec<R>> counts_;
+  // By sorting.
+  Buffer<int32_t> id_;
+  Buffer<Element> elements_;
+  Buffer<R> tops_;
+  Buffer<Key<R>> digits_;
+};
+
+// ---- All queries ------------------------------------------------------------------------------------
+
+// int64 numbers that the op was given, or was not.
+class Numbers {
+ public:
+  explicit Numbers(const std::optional<Tensor>& given) {
+    if (given) tensor_ = as_contiguous(*given, ScalarType::Long), data_ = data<int64_t>(*tensor_);
+  }
+  explicit operator bool() const { return data_; }
+  int64_t operator[](int64_t i) const { return data_[i]; }
+  const int64_t* get() const { return data_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  const int64_t* data_ = nullptr;
+};
+
+bool are_boundaries(const Numbers& offsets, int64_t queries, int64_t total) {
+  bool legal = offsets[0] >= 0 && offsets[queries] <= total;
+  for (int64_t q = 0; q < queries; ++q) legal &= offsets[q] <= offsets[q + 1];
+  return legal;
+}
+
+template <class S, class R>
+class Problem {
+ public:
+  Problem(const Arguments& a, double* values, bool* empty)
+      : a_(a),
+        values_(values),
+        empty_(empty),
+        flat_(a.offsets),
+        queries_(flat_ ? a.offsets->numel() - 1 : a.preds.size(0)),
+        width_(flat_ ? 0 : a.preds.size(1)),
+        preds_(a.preds, flat_),
+        target_(a.target, flat_),
+        offsets_(a.offsets),
+        lengths_(a.lengths),
+        num_relevant_(a.num_relevant),
+        other_offsets_(a.unretrieved_offsets) {
+    if (a.mask) mask_ = PerDocument(*a.mask, flat_);
+    if (a.unretrieved) others_ = Targets(*a.unretrieved, true);
+  }
+
+  void run() {
+    int64_t total = a_.preds.numel(), threads = torch::stable::get_num_threads();
+    bool legal = (!flat_ || are_boundaries(offsets_, queries_, total)) &&
+                 (!other_offsets_ || are_boundaries(other_offsets_, queries_, a_.unretrieved->numel()));
+    if (!legal) {
+      std::fill_n(values_, a_.kinds.size() * queries_, NAN);
+      std::fill_n(empty_, 2 * queries_, false);
+      return;
+    }
+    int64_t longest = width_;
+    for (int64_t q = 0; flat_ && q < queries_; ++q) longest = std::max(longest, documents_of(q));
+    STD_TORCH_CHECK(longest <= INT32_MAX, "a query has ", longest,
+                    " documents; at most 2^31 - 1 are allowed");
+    const Discounts discounts(longest);
+
+    // A query that one thread alone would keep busy for long is shared out, before the others.
+    auto is_huge = [&](int64_t q) {
+      return documents_of(q) > std::max(kHuge, total / (4 * threads)) && threads > 1;
+    };
+    if (longest > kHuge && threads > 1) {
+      Worker worker(*this, discounts);
+      for (int64_t q = 0; q < queries_; ++q)
+        if (is_huge(q)) worker.rank(q, Parts{threads});
+    }
+    // The others block by block, each to the first thread that is free.
+    int64_t blocks = total / kBlock + 1;
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(blocks, threads), 1, [&](int64_t from, int64_t to) {
+      for (; from < to; ++from) {
+        Worker worker(*this, discounts);
+        for (int64_t block; (block = next++) < blocks;)
+          for (int64_t q = first_of(block), end = first_of(block + 1); q < end; ++q)
+            if (!is_huge(q)) worker.rank(q, Parts{});
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kHuge = 1 << 18;
+
+  int64_t documents_of(int64_t q) const { return flat_ ? offsets_[q + 1] - offsets_[q] : width_; }
+
+  // The queries that begin in a block of documents.
+  int64_t first_of(int64_t block) const {
+    int64_t at = block * kBlock;
+    if (at > a_.preds.numel()) return queries_;
+    if (!flat_) return at == 0 ? 0 : std::min(queries_, (at + width_ - 1) / width_);
+    return std::lower_bound(offsets_.get(), offsets_.get() + queries_, at) - offsets_.get();
+  }
+
+  struct Worker {
+    Worker(const Problem& problem, const Discounts& discounts)
+        : p(problem), ranker(p.a_, discounts, p.queries_) {}
+
+    void rank(int64_t q, const Parts& parts) {
+      double* values = p.values_ + q;
+      bool* empty = p.empty_ + q;
+      int64_t n = p.lengths_ ? p.lengths_[q] : p.documents_of(q);
+      int64_t num_relevant = p.num_relevant_ ? p.num_relevant_[q] : 0;
+      if (n < 0 || (p.lengths_ && n > p.width_) || num_relevant < 0) return ranker.fail(values, empty);
+
+      int64_t first = p.flat_ ? p.offsets_[q] : q, stride = p.target_.stride;
+      Row<S> row{reinterpret_cast<const S*>(p.preds_.of(first)), p.preds_.stride, n};
+      const void* target = p.target_.of(first);
+      if (p.mask_.data) {
+        auto* mask = reinterpret_cast<const bool*>(p.mask_.of(first));
+        std::byte* kept = targets.need((n + 1) * p.target_.size);
+        p.target_.keep(target, stride, mask, p.mask_.stride, n, kept);
+        row.n = keep<S>(row.scores, row.stride, mask, p.mask_.stride, n, scores.need(n + 1));
+        row.scores = scores.get(), row.stride = 1;
+        target = kept, stride = 1;
+      }
+      find(target, stride, row.n, parts);
+      ranker.more.clear();
+      if (p.other_offsets_) {
+        int64_t begin = p.other_offsets_[q], end = p.other_offsets_[q + 1];
+        p.others_.find(p.others_.of(begin), p.others_.stride, 0, end - begin, p.a_.options, ranker.more);
+      }
+      ranker.rank(row, parts, p.num_relevant_ ? num_relevant : -1, values, empty);
+    }
+
+    void find(const void* target, int64_t stride, int64_t n, const Parts& parts) {
+      ranker.judged.clear();
+      if (parts.count == 1) return p.target_.find(target, stride, 0, n, p.a_.options, ranker.judged);
+      std::vector<Judged> found(parts.count);
+      parts.for_each_range(n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
+        p.target_.find(target, stride, begin, end, p.a_.options, found[part]);
+      });
+      for (const Judged& of_part : found) ranker.judged.append(of_part);
+    }
+
+    const Problem& p;
+    Ranker<R> ranker;
+    Buffer<S> scores;  // of the documents that the mask keeps
+    Buffer<std::byte> targets;
+  };
+
+  const Arguments& a_;
+  double* values_;
+  bool* empty_;
+  bool flat_;
+  int64_t queries_, width_;
+  PerDocument preds_, mask_;
+  Targets target_, others_;
+  Numbers offsets_, lengths_, num_relevant_, other_offsets_;
+};
+
+void rank_all(const Arguments& a, double* values, bool* empty) {
+  with_logits_type(a.preds,
+                   [&](auto s, auto r) { Problem<decltype(s), decltype(r)>(a, values, empty).run(); });
+}
+
+}  // namespace
+}  // namespace torchfast::TORCHFAST_ISA
+
+#ifdef TORCHFAST_LAST_ISA
+namespace torchfast {
+namespace {
+
+// Memory safety for direct callers of the op; the messages for users are the public function's.
+void check(const Arguments& a) {
+  bool flat = a.offsets.has_value();
+  STD_TORCH_CHECK(a.preds.dim() == (flat ? 1 : 2), "preds must be [Q, D], or [T] with offsets");
+  int64_t queries = flat ? a.offsets->numel() - 1 : a.preds.size(0);
+  STD_TORCH_CHECK(queries >= 0, "offsets must have Q + 1 elements");
+  for (const Tensor* x : {&a.target, a.mask ? &*a.mask : &a.target}) {
+    STD_TORCH_CHECK(
+        x->dim() == a.preds.dim() && x->size(0) == a.preds.size(0) && (flat || x->size(1) == a.preds.size(1)),
+        "target and mask must have the shape of preds");
+  }
+  STD_TORCH_CHECK(!a.mask || a.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+  STD_TORCH_CHECK(!a.lengths || (!flat && a.lengths->numel() == queries),
+                  "lengths must have Q elements, beside preds [Q, D]");
+  STD_TORCH_CHECK(!a.num_relevant || a.num_relevant->numel() == queries, "num_relevant must have Q elements");
+  STD_TORCH_CHECK(
+      a.unretrieved.has_value() == a.unretrieved_offsets.has_value() &&
+          (!a.unretrieved || (a.unretrieved->dim() == 1 && a.unretrieved_offsets->numel() == queries + 1)),
+      "unretrieved must be one-dimensional, with Q + 1 unretrieved_offsets");
+  STD_TORCH_CHECK(a.kinds.size() == a.ks.size(), "kinds and ks must have one element a metric");
+  STD_TORCH_CHECK((a.options.gain == ranking::table) == a.gain_table.has_value(),
+                  "gain_table belongs to gain = table");
+  for (const auto* x : {&a.offsets, &a.mask, &a.lengths, &a.num_relevant, &a.unretrieved,
+                        &a.unretrieved_offsets, &a.gain_table})
+    STD_TORCH_CHECK(!*x || (*x)->is_cpu(), "all tensors must be on the CPU");
+  STD_TORCH_CHECK(a.target.is_cpu(), "target must be on the CPU");
+}
+
+std::tuple<Tensor, Tensor> ranking_metrics(Tensor preds, Tensor target, std::optional<Tensor> offsets,
+                                           std::optional<Tensor> mask, std::optional<Tensor> lengths,
+                                           std::optional<Tensor> num_relevant,
+                                           std::optional<Tensor> unretrieved,
+                                           std::optional<Tensor> unretrieved_offsets,
+                                           std::optional<Tensor> gain_table, std::vector<int64_t> kinds,
+                                           std::vector<int64_t> ks, int64_t ties, int64_t gain,
+                                           int64_t map_denominator, int64_t nan, double relevance_threshold) {
+  Arguments a{preds,         target,
+              offsets,       mask,
+              lengths,       num_relevant,
+              unretrieved,   unretrieved_offsets,
+              gain_table,    std::move(kinds),
+              std::move(ks), {ties, gain, map_denominator, nan, relevance_threshold, nullptr, 0}};
+  check(a);
+  if (gain_table) {
+    a.gain_table = baseline::as_contiguous(*gain_table, ScalarType::Double);
+    a.options.gains = baseline::data<double>(*a.gain_table);
+    a.options.gains_size = gain_table->numel();
+  }
+  int64_t queries = offsets ? offsets->numel() - 1 : preds.size(0);
+  Tensor values = torch::stable::new_empty(preds, {int64_t(a.kinds.size()), queries}, ScalarType::Double);
+  Tensor empty = torch::stable::new_empty(preds, {2, queries}, ScalarType::Bool);
+  TORCHFAST_DISPATCH(rank_all)
+  (a, static_cast<double*>(values.mutable_data_ptr()), static_cast<bool*>(empty.mutable_data_ptr()));
+  return {values, empty};
+}
+
+// ---- Unsorted query ids -------------------------------------------------------------------------
+
+int64_t* mutable_data(Tensor& x) { return static_cast<int64_t*>(x.mutable_data_ptr()); }
+
+// Where each id begins, and the ids; id_at(i) is ascending.
+template <class IdAt>
+std::tuple<Tensor, Tensor> boundaries(const Tensor& like, int64_t n, const Parts& parts, const IdAt& id_at) {
+  std::vector<int64_t> first(parts.count + 1);
+  auto begins = [&](int64_t i) { return i == 0 || id_at(i) != id_at(i - 1); };
+  parts.for_each_range(n, 1, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += begins(i);
+    first[part + 1] = count;
+  });
+  for (int64_t part = 0; part < parts.count; ++part) first[part + 1] += first[part];
+  Tensor offsets = torch::stable::new_empty(like, {first.back() + 1});
+  Tensor ids = torch::stable::new_empty(like, {first.back()});
+  int64_t *offset = mutable_data(offsets), *id = mutable_data(ids);
+  parts.for_each_range(n, 1, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t to = first[part];
+    for (int64_t i = begin; i < end; ++i)
+      if (begins(i)) offset[to] = i, id[to++] = id_at(i);
+  });
+  offset[first.back()] = n;
+  return {offsets, ids};
+}
+
+template <class Key>
+std::tuple<Tensor, Tensor, Tensor> group_unsorted(const Tensor& indexes, const int64_t* id, int64_t n,
+                                                  int64_t least, const Parts& parts) {
+  Buffer<Keyed<Key>> elements;
+  Buffer<Key> counts;
+  Keyed<Key>* all = elements.need(2 * n);
+  parts.for_each_range(n, 1, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) all[i] = {Key(uint64_t(id[i]) - uint64_t(least)), Key(i)};
+  });
+  const Keyed<Key>* sorted = radix_sort(all, all + n, n, parts, counts);
+  Tensor order = torch::stable::new_empty(indexes, {n});
+  int64_t* to = mutable_data(order);
+  parts.for_each_range(n, 1, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = int64_t(sorted[i].id);
+  });
+  auto [offsets, ids] = boundaries(
+      indexes, n, parts, [=](int64_t i) { return int64_t(uint64_t(sorted[i].key) + uint64_t(least)); });
+  return {order, offsets, ids};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_by_query(Tensor given, bool skip_sorted) {
+  STD_TORCH_CHECK(given.dim() == 1 && given.scalar_type() == ScalarType::Long,
+                  "indexes must be one-dimensional and int64");
+  Tensor indexes = baseline::as_contiguous(given, ScalarType::Long);
+  const int64_t *id = baseline::data<int64_t>(indexes), n = indexes.numel();
+  Parts parts{n < kGrainElements ? 1 : int64_t(torch::stable::get_num_threads())};
+  if (skip_sorted && std::is_sorted(id, id + n)) {
+    auto [offsets, ids] = boundaries(indexes, n, parts, [=](int64_t i) { return id[i]; });
+    return {torch::stable::new_empty(indexes, {0}), offsets, ids};
+  }
+  if (n == 0) return group_unsorted<uint32_t>(indexes, id, 0, 0, parts);
+  auto [least, most] = std::minmax_element(id, id + n);
+  bool small = uint64_t(*most) - uint64_t(*least) <= UINT32_MAX && n <= UINT32_MAX;
+  return small ? group_unsorted<uint32_t>(indexes, id, n, *least, parts)
+               : group_unsorted<uint64_t>(indexes, id, n, *least, parts);
+}
+
+}  // namespace
+}  // namespace torchfast
+
+STABLE_TORCH_LIBRARY_IMPL(torchfast, CPU, m) {
+  m.impl("group_by_query", TORCH_BOX(&torchfast::group_by_query));
+  m.impl("ranking_metrics", TORCH_BOX(&torchfast::ranking_metrics));
+}
+#endif

@@ -1,0 +1,170 @@
+// The formulas of the ranking metrics, one text for the CPU and the GPU. Their derivation:
+// torchfast/metrics/ranking/__init__.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define TORCHFAST_FORMULA __host__ __device__ inline
+#else
+#define TORCHFAST_FORMULA inline
+#endif
+
+namespace torchfast::ranking {
+
+// The numbers by which the op's arguments name these.
+enum Kind : int64_t { ndcg, dcg, mrr, map, precision, recall, hit_rate, r_precision };
+enum Ties : int64_t { average, stable, optimistic, pessimistic };
+enum Gain : int64_t { linear, exponential, table };
+enum MapDenominator : int64_t { all_relevant, at_most_k, hits };
+enum Nan : int64_t { propagate, last };
+
+struct Options {
+  int64_t ties, gain, map_denominator, nan;
+  double threshold;     // relevant from here on; 0: above 0
+  const double* gains;  // of gain = table
+  int64_t gains_size;
+};
+
+constexpr int64_t kNoCut = INT64_MAX;  // as a cut-off
+
+// ---- Targets ----------------------------------------------------------------------------------
+
+TORCHFAST_FORMULA bool is_target(double y, const Options& o) {
+  return y >= 0 && y < INFINITY && (o.gain != table || y < double(o.gains_size));
+}
+
+TORCHFAST_FORMULA bool is_relevant(double y, const Options& o) {
+  return o.threshold > 0 ? y >= o.threshold : y > 0;
+}
+
+TORCHFAST_FORMULA double gain_of(double y, const Options& o) {
+  if (o.gain == linear) return y;
+  if (o.gain == table) return o.gains[int64_t(y)];
+  int whole = y < 1000 ? int(y) : 1000;
+  return y == whole ? ldexp(1.0, whole) - 1 : expm1(y * 0.693147180559945309);
+}
+
+// Whether a document of target 0 has no say: it is neither relevant nor has a gain.
+TORCHFAST_FORMULA bool zero_is_nothing(const Options& o) {
+  return o.gain != table || o.gains_size == 0 || o.gains[0] == 0;
+}
+
+// ---- Groups of tied documents -------------------------------------------------------------------
+
+// Documents of one score; or one document, where the policy for ties gives it a place.
+struct Group {
+  int64_t before;           // documents of the query with larger scores
+  int64_t n, relevant;      // documents of the group
+  int64_t relevant_before;  // those of `before`
+  double gain;              // mean
+};
+
+// How many of the group's documents are up to the cut-off.
+TORCHFAST_FORMULA int64_t up_to(const Group& g, int64_t k) {
+  int64_t m = k - g.before;
+  return m < 0 ? 0 : m < g.n ? m : g.n;
+}
+
+// Expected sum of the precisions at the relevant ones of the group's first m documents.
+TORCHFAST_FORMULA double precisions(const Group& g, int64_t m) {
+  if (g.relevant == 0) return 0;
+  double first = double(g.relevant_before + 1), rank = double(g.before);
+  if (g.n == 1) return m > 0 ? first / (rank + 1) : 0.0;
+  double slope = double(g.relevant - 1) / double(g.n - 1), sum = 0;
+  for (int64_t i = 0; i < m; ++i) sum += (first + double(i) * slope) / (rank + 1 + double(i));
+  return sum * (double(g.relevant) / double(g.n));
+}
+
+struct FirstHit {
+  double reciprocal;   // expected 1 / rank of the first relevant document; 0 if it is not among the m
+  double probability;  // that it is
+};
+
+TORCHFAST_FORMULA FirstHit first_hit(const Group& g, int64_t m) {
+  FirstHit result{0, 0};
+  if (g.relevant == 0 || g.relevant_before > 0) return result;
+  double n = double(g.n), r = double(g.relevant), rank = double(g.before) + 1;
+  double none = 1;  // probability that no document before the one at hand is relevant
+  for (int64_t i = 0; i < m && none > 0; ++i) {
+    double left = n - double(i);
+    result.reciprocal += none * r / (left * (rank + double(i)));
+    none *= (left - r) / left;
+  }
+  result.probability = 1 - none;
+  return result;
+}
+
+// E[sum of the precisions / hits], both up to a cut-off that leaves m < n documents of the group;
+// `sum` is that of the groups before. See reference.py, precisions_over_hits.
+TORCHFAST_FORMULA double precisions_over_hits(const Group& g, int64_t m, double sum) {
+  double c0 = 0, c1 = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    double rank = double(g.before) + 1 + double(i);
+    c0 += 1 / rank;
+    c1 += double(i) / rank;
+  }
+  double n = double(g.n), r = double(g.relevant), before = double(g.relevant_before), cut = double(m);
+  double low = fmax(cut - n + r, 0.0), high = fmin(cut, r);
+  double mode = fmin(fmax(floor((r + 1) * (cut + 1) / (n + 2)), low), high);
+  double mixed = 0, mass = 0;  // over hypergeometric probabilities, in units of the largest
+  auto add = [&](double h, double weight) {
+    double inside = ((before + 1) * c0 + (m > 1 ? c1 * (h - 1) / (cut - 1) : 0.0)) * h / cut;
+    if (before + h > 0) mixed += weight * (sum + inside) / (before + h);
+    mass += weight;
+  };
+  double weight = 1;
+  for (double h = mode; h <= high && weight > 0; ++h) {
+    add(h, weight);
+    weight *= (r - h) * (cut - h) / ((h + 1) * (n - r - cut + h + 1));
+  }
+  weight = 1;
+  for (double h = mode; h > low && weight > 0; --h) {
+    weight *= h * (n - r - cut + h) / ((r - h + 1) * (cut - h + 1));
+    add(h - 1, weight);
+  }
+  return mixed / mass;
+}
+
+// What the metric sums over the groups; hits for the kinds not named. discount(rank) is
+// 1 / log2(rank + 1).
+template <Kind kind, class Discount>
+TORCHFAST_FORMULA double contribution(const Group& g, int64_t k, const Discount& discount) {
+  int64_t m = up_to(g, k);
+  if (m == 0) return 0;
+  if (kind == dcg) {
+    double sum = discount(g.before + 1);
+    for (int64_t i = 2; i <= m; ++i) sum += discount(g.before + i);
+    return g.gain * sum;
+  }
+  if (kind == mrr) return first_hit(g, m).reciprocal;
+  if (kind == hit_rate) return first_hit(g, m).probability;
+  if (kind == map) return precisions(g, m);
+  return g.n == 1 ? double(g.relevant) : double(g.relevant) * double(m) / double(g.n);
+}
+
+// Of a query.
+struct Query {
+  int64_t documents, relevant;  // retrieved
+  int64_t n_rel;
+};
+
+// The cut-off that the metric looks at.
+TORCHFAST_FORMULA int64_t cut_of(int64_t kind, int64_t k, const Query& query) {
+  return kind == r_precision ? query.n_rel : k > 0 ? k : kNoCut;
+}
+
+// The metric's value from the sum of its contributions; but for map over hits, where the cut-off parts
+// a group. `ideal` is the best dcg@k.
+TORCHFAST_FORMULA double value_of(int64_t kind, int64_t k, double sum, double ideal, const Query& query,
+                                  const Options& o) {
+  double divisor = double(query.n_rel);
+  if (kind == ndcg) divisor = ideal;
+  if (kind == dcg || kind == mrr || kind == hit_rate) return sum;
+  if (kind == precision) divisor = double(k > 0 ? k : query.documents);
+  if (kind == map && o.map_denominator == at_most_k && k > 0) divisor = fmin(divisor, double(k));
+  return divisor > 0 ? sum / divisor : 0.0;
+}
+
+}  // namespace torchfast::ranking

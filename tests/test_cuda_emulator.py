@@ -1,0 +1,54 @@
+"""The CUDA emulator catches what it is there to catch, and lets right kernels pass."""
+
+import subprocess
+
+import cuda_emulator
+import pytest
+
+CAUGHT = {
+    "barrier": "wrong result",
+    "barrier_before_reuse": "wrong result",
+    "barrier_of_a_warp": "wrong result",
+    "barrier_in_a_branch": "a barrier that not all threads reach",
+    "two_barriers_for_one": "are at different barriers",
+    "uninitialised_shared": "wrong result",
+    "global_read": "heap-buffer-overflow",
+    "global_write": "heap-buffer-overflow",
+    "shared_read": "global-buffer-overflow",
+    "dynamic_shared_read": "use-after-poison",
+    "misaligned_load": "misaligned address",
+    "mask_without_caller": "which leaves it out",
+    "mask_of_absent_lanes": "are not there",
+    "masks_that_differ": "are in different calls",
+    "shuffles_in_two_branches": "are in different calls",
+    "shuffle_from_outside_the_mask": "and reads lane",
+    "last_block": "wrong result",
+    "collectives": "wrong result",
+}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    source = cuda_emulator.HERE / "planted.cu"
+    return cuda_emulator.build(source, tmp_path_factory.mktemp("cuda_emulator") / "planted")
+
+
+def run(program, name, wrong, seed):
+    command = [program, name, str(wrong)]
+    result = subprocess.run(command, capture_output=True, text=True, env=cuda_emulator.environment(seed))
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_planted_mistake_is_caught(planted, name):
+    """Whatever the schedule, or in some of them where the order alone decides whether a result is wrong."""
+    results = [run(planted, name, 1, seed) for seed in range(4)]
+    assert all(CAUGHT[name] in output for code, output in results if code != 0), results
+    assert (any if CAUGHT[name] == "wrong result" else all)(code != 0 for code, _ in results), results
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_the_same_kernel_without_the_mistake_passes(planted, name):
+    for seed in range(3):
+        code, output = run(planted, name, 0, seed)
+        assert code == 0, output

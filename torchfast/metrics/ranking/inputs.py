@@ -1,0 +1,224 @@
+"""The op's tensors from those of the caller, and what is refused."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from torchfast.losses._common import check, check_device, check_logits_dtype, readable
+from torchfast.metrics.ranking.group import group_by_query
+from torchfast.metrics.ranking.options import Options
+from torchfast.metrics.ranking.reference import (
+    GAINS,
+    Documents,
+    documents_of,
+    ragged,
+)
+
+Unretrieved = Tensor | tuple[Tensor, Tensor]
+
+# ---- Arguments -------------------------------------------------------------------------------
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _check_integer(name: str, x: object, shape: tuple[int, ...] | None, preds: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or not _is_integer(x):
+        raise TypeError(
+            f"{name} must be a tensor of an integer dtype, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+        )
+    possessive = "'" if name.endswith("s") else "'s"
+    if shape is not None:
+        check(f"{name}{possessive} shape", x.shape == shape, tuple(x.shape), tuple(shape))
+    check_device(name, x, "preds", preds)
+    return x.long()
+
+
+def _check_labels(name: str, target: object, options: Options) -> Tensor:
+    """Of a dtype that the kernels take."""
+    if not isinstance(target, Tensor) or target.is_complex():
+        given = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"{name} must be a tensor of bool, integers or floats, got {given}")
+    if GAINS[options.gain] == "table" and target.is_floating_point():
+        raise TypeError(f"{name} must be bool or integers, places in the gain table, got {target.dtype}")
+    target = target.detach()
+    if target.dtype in (torch.uint16, torch.uint32):
+        return target.long()
+    return target.double() if target.dtype == torch.uint64 else target
+
+
+def _from_jagged(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The values and offsets of a nested tensor; its holes closed."""
+    if x.layout != torch.jagged:
+        raise TypeError(f"{name} must be a nested tensor of layout=torch.jagged, got {x.layout}")
+    check(f"dimensions of {name}", x.dim() == 2, x.dim(), "2, (queries, documents of each)")
+    values, offsets, lengths = x.values(), x.offsets(), x.lengths()  # type: ignore[attr-defined]
+    if lengths is not None:
+        starts, offsets = offsets[:-1], torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        index = torch.arange(int(offsets[-1]), device=values.device)
+        values = values[index + (starts - offsets[:-1]).repeat_interleave(lengths)]
+    return values, offsets
+
+
+class Inputs(NamedTuple):
+    """The tensors of the op, in its order."""
+
+    preds: Tensor
+    target: Tensor
+    offsets: Tensor | None
+    mask: Tensor | None
+    lengths: Tensor | None
+    num_relevant: Tensor | None
+    unretrieved: Tensor | None
+    unretrieved_offsets: Tensor | None
+
+
+def check_inputs(
+    options: Options,
+    preds: Tensor,
+    target: Tensor,
+    offsets: Tensor | None,
+    indexes: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    num_relevant: Tensor | None,
+    unretrieved: Unretrieved | None,
+) -> Inputs:
+    if not isinstance(preds, Tensor):
+        raise TypeError(f"preds must be a tensor, got {type(preds).__name__}")
+    check_logits_dtype("preds", preds)
+    target = _check_labels("target", target, options)
+    if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(preds).tangent is not None:
+        raise RuntimeError("ranking metrics are not differentiable: torch.func and forward-mode AD cannot trace them")
+    preds = preds.detach()
+    boundaries = {"offsets": offsets, "indexes": indexes, "lengths": lengths}
+    given = [name for name, x in boundaries.items() if x is not None]
+    check("query boundaries", len(given) <= 1, " and ".join(given), "said one way: by offsets, indexes or lengths")
+    if preds.is_nested or target.is_nested:
+        given += ["mask"] * (mask is not None)
+        check("preds and target", preds.is_nested and target.is_nested, "one of them", "nested both or neither")
+        check("query boundaries", not given, given, "left out for nested tensors, which have them")
+        (preds, offsets), (target, of_target) = _from_jagged("preds", preds), _from_jagged("target", target)
+        same = offsets.shape == of_target.shape and target.shape == preds.shape
+        if same and offsets is not of_target and readable(offsets):
+            same = torch.equal(offsets, of_target)
+        if not same:
+            raise ValueError("target must be nested with the lengths of preds, got others")
+    check("target's shape", target.shape == preds.shape, tuple(target.shape), f"preds' shape {tuple(preds.shape)}")
+    check_device("target", target, "preds", preds)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            given_type = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, True for documents and False for padding, got {given_type}")
+        check("mask's shape", mask.shape == preds.shape, tuple(mask.shape), f"preds' shape {tuple(preds.shape)}")
+        check("mask", lengths is None, "both", "left out where lengths are given")
+        check_device("mask", mask, "preds", preds)
+    if indexes is not None:
+        indexes = _check_integer("indexes", indexes, preds.shape, preds).reshape(-1)
+        preds, target = preds.reshape(-1), target.reshape(-1)
+        skip_sorted = not torch.compiler.is_compiling()  # a graph cannot depend on it
+        order, offsets, _ = group_by_query(indexes, skip_sorted=skip_sorted)
+        mask = None if mask is None else mask.reshape(-1)
+        if not skip_sorted or order.numel():
+            preds, target = preds[order], target[order]
+            mask = None if mask is None else mask[order]
+    elif offsets is not None:
+        check("preds' shape", preds.dim() == 1, tuple(preds.shape), "(documents of all queries,) with offsets")
+        offsets = _check_integer("offsets", offsets, None, preds)
+        check("offsets' shape", offsets.dim() == 1 and len(offsets) > 0, tuple(offsets.shape), "(queries + 1,)")
+        if readable(offsets):
+            ends, total = (int(offsets[0]), int(offsets[-1])), len(preds)
+            check("first and last of offsets", ends == (0, total), ends, f"0 and {total}, the number of documents")
+    elif preds.dim() != 2:
+        hint = "; flat preds need offsets or indexes, a single query is preds[None]" if preds.dim() == 1 else ""
+        raise ValueError(f"preds' shape must be (queries, documents), got {tuple(preds.shape)}{hint}")
+    queries = preds.shape[0] if offsets is None else offsets.shape[0] - 1
+    if lengths is not None:
+        lengths = _check_integer("lengths", lengths, (queries,), preds)
+    if num_relevant is not None:
+        num_relevant = _check_integer("num_relevant", num_relevant, (queries,), preds)
+    judged = unretrieved_offsets = None
+    if unretrieved is not None:
+        judged, unretrieved_offsets = _check_unretrieved(options, unretrieved, queries, preds)
+    return Inputs(preds, target, offsets, mask, lengths, num_relevant, judged, unretrieved_offsets)
+
+
+def _check_unretrieved(
+    options: Options, unretrieved: Unretrieved, queries: int, preds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As values and offsets."""
+    if isinstance(unretrieved, (tuple, list)):
+        check("unretrieved's length", len(unretrieved) == 2, len(unretrieved), "2: values and offsets")
+        values, offsets = unretrieved
+        values = _check_labels("unretrieved", values, options)
+        check("unretrieved values' shape", values.dim() == 1, tuple(values.shape), "(targets of all queries,)")
+    else:
+        values = _check_labels("unretrieved", unretrieved, options)
+        if values.is_nested:
+            values, offsets = _from_jagged("unretrieved", values)
+        else:
+            good = values.dim() == 2 and len(values) == queries
+            check("unretrieved's shape", good, tuple(values.shape), f"({queries}, targets of each query)")
+            offsets = torch.arange(queries + 1, device=values.device) * values.shape[1]
+            values = values.reshape(-1)
+    check_device("unretrieved", values, "preds", preds)
+    return values, _check_integer("unretrieved's offsets", offsets, (queries + 1,), preds)
+
+
+# ---- What is wrong with the values: looked for where a metric came out as NaN ------------------
+
+
+def _refuse_labels(name: str, target: Tensor, documents: Documents, options: Options) -> None:
+    y = target.reshape(-1)
+    real = y.double()
+    wrong = documents.valid & ~((real >= 0) & (real < torch.inf))
+    allowed = "finite and >= 0 (padding is said with mask or lengths)"
+    if options.table is not None and not wrong.any():
+        wrong = documents.valid & (real >= len(options.table))
+        allowed = f"below {len(options.table)}, the length of the gain table"
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"{name} must be {allowed}, got {y[at].item()} in query {int(documents.query[at])}")
+
+
+def _refuse_offsets(name: str, offsets: Tensor, total: int) -> None:
+    wrong = (offsets[:-1] < 0) | (offsets[1:] < offsets[:-1]) | (offsets[1:] > total)
+    if wrong.any():
+        q = int(wrong.nonzero()[0])
+        given = f"{int(offsets[q])} and then {int(offsets[q + 1])} for query {q}"
+        raise ValueError(f"{name} must not decrease and stay within 0 and {total}, got {given}")
+
+
+def refuse(inputs: Inputs, options: Options) -> None:
+    """Raises if the values of an argument are to blame; a NaN score alone is not unless nan="error"."""
+    preds, target, offsets, mask, lengths, num_relevant, unretrieved, unretrieved_offsets = inputs
+    if offsets is not None:
+        _refuse_offsets("offsets", offsets, len(preds))
+    if lengths is not None:
+        wrong = (lengths < 0) | (lengths > preds.shape[1])
+        if wrong.any():
+            given = int(lengths[wrong][0])
+            raise ValueError(f"lengths must be from 0 to {preds.shape[1]}, the documents of a row, got {given}")
+    documents = documents_of(preds, offsets, mask, lengths)
+    _refuse_labels("target", target, documents, options)
+    if unretrieved is not None and unretrieved_offsets is not None:
+        _refuse_offsets("unretrieved's offsets", unretrieved_offsets, len(unretrieved))
+        _refuse_labels("unretrieved", unretrieved, ragged(unretrieved_offsets, len(unretrieved)), options)
+    missing = documents.valid & preds.reshape(-1).isnan()
+    if num_relevant is not None:
+        y = target.reshape(-1)
+        relevant = documents.valid & (y >= options.threshold if options.threshold else y > 0)
+        found = torch.zeros_like(num_relevant).index_add_(0, documents.query, relevant.long())
+        short = (num_relevant < found).nonzero().flatten()
+        if len(short):
+            q = int(short[0])
+            counted = f"{int(num_relevant[q])} in query {q}, where {int(found[q])} are retrieved"
+            raise ValueError(f"num_relevant must count all relevant documents, got {counted}")
+    if options.nan == "error" and missing.any():
+        q = int(documents.query[missing.nonzero()[0]])
+        raise ValueError(f"preds must not hold NaN with nan='error', got one in query {q}")

@@ -1,0 +1,161 @@
+"""Which metrics, under which definitions: names, options, presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchfast.losses._common import check
+from torchfast.metrics.ranking.reference import DCG, GAINS, KINDS, MAP_DENOMINATORS, NANS, NDCG, R_PRECISION, TIES
+
+EMPTIES = ("zero", "one", "skip", "error")
+MAX_K = 2**63 - 1
+
+DEFAULTS = {"ties": "average", "gain": "linear", "empty": "zero", "map_denominator": "n_rel"}
+PRESETS = {
+    "trec_eval": DEFAULTS | {"ties": "stable"},
+    "sklearn": DEFAULTS,
+    "torchmetrics": DEFAULTS | {"map_denominator": "hits"},
+    "ranx": DEFAULTS | {"ties": "stable"},
+    "xgboost": {"ties": "stable", "gain": "exp", "empty": "one", "map_denominator": "min(k,n_rel)"},
+    "lightgbm": {"ties": "stable", "gain": "exp", "empty": "one", "map_denominator": "min(k,n_rel)"},
+}
+
+
+def _listed(allowed: Iterable[str]) -> str:
+    *others, last = map(repr, allowed)
+    return f"{', '.join(others)} or {last}"
+
+
+def _check_choice(name: str, given: object, allowed: Collection[str]) -> None:
+    check(name, given in allowed, given, _listed(allowed))
+
+
+# ---- Names of metrics ------------------------------------------------------------------------
+
+
+def _parse(name: str) -> tuple[int, int]:
+    """The kind and the cut-off, 0 for none."""
+    if not isinstance(name, str):
+        raise TypeError(f"metrics must be strings such as 'ndcg@10', got {name!r}")
+    kind, at, k = name.partition("@")
+    if kind not in KINDS:
+        close = difflib.get_close_matches(kind.strip().lower(), KINDS, n=1)
+        hint = f"; did you mean {close[0] + at + k!r}?" if close else ""
+        allowed = f"of {_listed(KINDS)}, alone or with a cut-off as in 'ndcg@10'"
+        raise ValueError(f"metrics must be {allowed}, got {name!r}{hint}")
+    if not at:
+        return KINDS.index(kind), 0
+    check("metrics", KINDS.index(kind) != R_PRECISION, name, "'r_precision', which cuts off at n_rel, without a number")
+    number = int(k) if k.isascii() and k.isdecimal() else 0
+    check(f"metrics: the cut-off of {kind!r}", 0 < number <= MAX_K, name, "an integer >= 1")
+    return KINDS.index(kind), number
+
+
+def named(kind: str, k: int | None) -> str:
+    return kind if k is None else f"{kind}@{k}"
+
+
+# ---- Options ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compute, checked: the numbers are the op's, documented in ``reference``."""
+
+    names: tuple[str, ...]
+    kinds: tuple[int, ...]
+    ks: tuple[int, ...]
+    ties: int
+    gain: int
+    table: Tensor | None
+    map_denominator: int
+    nan: str
+    empty: str
+    threshold: float
+
+    @property
+    def by_gain(self) -> tuple[bool, ...]:
+        """Which metrics are undefined without a positive gain; the others are without a relevant document."""
+        return tuple(kind in (NDCG, DCG) for kind in self.kinds)
+
+    @property
+    def digest(self) -> str:
+        """The same for the same options."""
+        table = None if self.table is None else self.table.tolist()
+        return hashlib.sha256(repr((dataclasses.replace(self, table=None), table)).encode()).hexdigest()[:16]
+
+    @property
+    def numbers(self) -> tuple[object, ...]:
+        """As the op takes them, after the tensors."""
+        nan = NANS.index("last" if self.nan == "last" else "propagate")
+        return (self.table, self.kinds, self.ks, self.ties, self.gain, self.map_denominator, nan, self.threshold)
+
+
+def _gain_table(gain: Any) -> Tensor:
+    try:
+        table = torch.as_tensor(gain, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"gain must be 'linear', 'exp' or one number for each target, got {gain!r}") from error
+    check("gain's shape", table.dim() == 1 and len(table) > 0, tuple(table.shape), "(number of targets,)")
+    if table.device.type == "cpu" and not torch.compiler.is_compiling():
+        good = bool((table >= 0).all() & (table < torch.inf).all() & (table.diff() >= 0).all())
+        check("gain", good, gain, "finite, >= 0 and nowhere decreasing")
+    return table.contiguous()
+
+
+def resolve(
+    metrics: str | Sequence[str],
+    *,
+    ties: str | None = None,
+    gain: Any = None,
+    relevance_threshold: float | None = None,
+    map_denominator: str | None = None,
+    nan: str = "propagate",
+    empty: str | None = None,
+    preset: str | None = None,
+) -> Options:
+    """Fills in what is None from the preset or the defaults. What a preset sets cannot be set otherwise."""
+    names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
+    check("metrics", len(names) > 0, metrics, "at least one name")
+    kinds, ks = zip(*map(_parse, names), strict=True)
+    if preset is not None:
+        _check_choice("preset", preset, PRESETS)
+    chosen = PRESETS[preset] if preset is not None else DEFAULTS
+
+    def option(name: str, value: Any, allowed: Collection[str]) -> Any:
+        if value is None:
+            return chosen[name]
+        if preset is not None and not (isinstance(value, str) and value == chosen[name]):
+            set_to = f"with preset={preset!r}, which sets it to {chosen[name]!r}"
+            raise ValueError(f"{name} must be left out {set_to}, got {value!r}")
+        if isinstance(value, str) or name != "gain":
+            _check_choice(name, value, allowed)
+        return value
+
+    _check_choice("nan", nan, (*NANS, "error"))
+    gain = option("gain", gain, GAINS[:2])
+    table = None if isinstance(gain, str) else _gain_table(gain)
+    if relevance_threshold is not None:
+        good = 0 < relevance_threshold < math.inf
+        check("relevance_threshold", good, relevance_threshold, "None (target > 0) or finite and > 0")
+    return Options(
+        names,
+        kinds,
+        ks,
+        TIES.index(option("ties", ties, TIES)),
+        GAINS.index(gain) if isinstance(gain, str) else GAINS.index("table"),
+        table,
+        MAP_DENOMINATORS.index(option("map_denominator", map_denominator, MAP_DENOMINATORS)),
+        nan,
+        option("empty", empty, EMPTIES),
+        float(relevance_threshold or 0.0),
+    )
