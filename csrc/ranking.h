@@ -67,14 +67,34 @@ TORCHFAST_FORMULA int64_t up_to(const Group& g, int64_t k) {
   return m < 0 ? 0 : m < g.n ? m : g.n;
 }
 
+// Those of a group's documents that a thread sums over: the first, and the step to the next.
+struct Share {
+  int64_t first = 0, step = 1;
+};
+
 // Expected sum of the precisions at the relevant ones of the group's first m documents.
-TORCHFAST_FORMULA double precisions(const Group& g, int64_t m) {
+TORCHFAST_FORMULA double precisions(const Group& g, int64_t m, Share share = {}) {
   if (g.relevant == 0) return 0;
   double first = double(g.relevant_before + 1), rank = double(g.before);
-  if (g.n == 1) return m > 0 ? first / (rank + 1) : 0.0;
+  if (g.n == 1) return share.first < m ? first / (rank + 1) : 0.0;
   double slope = double(g.relevant - 1) / double(g.n - 1), sum = 0;
-  for (int64_t i = 0; i < m; ++i) sum += (first + double(i) * slope) / (rank + 1 + double(i));
+  for (int64_t i = share.first; i < m; i += share.step)
+    sum += (first + double(i) * slope) / (rank + 1 + double(i));
   return sum * (double(g.relevant) / double(g.n));
+}
+
+// Expected DCG of the group's first m documents. discount(rank) is 1 / log2(rank + 1).
+template <class Discount>
+TORCHFAST_FORMULA double gains(const Group& g, int64_t m, const Discount& discount, Share share = {}) {
+  if (share.first >= m) return 0;
+  double sum = discount(g.before + 1 + share.first);
+  for (int64_t i = share.first + share.step; i < m; i += share.step) sum += discount(g.before + 1 + i);
+  return g.gain * sum;
+}
+
+// Expected number of relevant ones among the group's first m documents.
+TORCHFAST_FORMULA double hits_among(const Group& g, int64_t m) {
+  return g.n == 1 ? double(g.relevant) * double(m) : double(g.relevant) * double(m) / double(g.n);
 }
 
 struct FirstHit {
@@ -127,21 +147,16 @@ TORCHFAST_FORMULA double precisions_over_hits(const Group& g, int64_t m, double 
   return mixed / mass;
 }
 
-// What the metric sums over the groups; hits for the kinds not named. discount(rank) is
-// 1 / log2(rank + 1).
+// What the metric sums over the groups; hits for the kinds not named.
 template <Kind kind, class Discount>
 TORCHFAST_FORMULA double contribution(const Group& g, int64_t k, const Discount& discount) {
   int64_t m = up_to(g, k);
   if (m == 0) return 0;
-  if (kind == dcg) {
-    double sum = discount(g.before + 1);
-    for (int64_t i = 2; i <= m; ++i) sum += discount(g.before + i);
-    return g.gain * sum;
-  }
+  if (kind == dcg) return gains(g, m, discount);
   if (kind == mrr) return first_hit(g, m).reciprocal;
   if (kind == hit_rate) return first_hit(g, m).probability;
   if (kind == map) return precisions(g, m);
-  return g.n == 1 ? double(g.relevant) : double(g.relevant) * double(m) / double(g.n);
+  return hits_among(g, m);
 }
 
 // Of a query.

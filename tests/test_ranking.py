@@ -557,6 +557,8 @@ def test_wrong_metric_names(name, message):
         ({"gain": ()}, ValueError, r"gain's shape must be \(number of targets,\), got \(0,\)"),
         ({"gain": object()}, TypeError, "gain must be 'linear', 'exp' or one number for each target, got <object"),
         ({"gain": (1.0,)}, ValueError, "target must be below 1, the length of the gain table, got 1 in query 0"),
+        ({"gain": (0.0, 1.0), "target": Y * 10**15}, ValueError, "target must be below 2, .* got 1000000000000000 in"),
+        ({"gain": (0.0, 1.0), "target": Y - 10**15}, ValueError, "target must be finite and >= 0"),
         ({"gain": (0.0, 1.0), "target": Y.float()}, TypeError, "target must be bool or integers, places in the gain"),
         ({"relevance_threshold": 0}, ValueError, r"relevance_threshold must be None \(target > 0\) or finite and > 0"),
         ({"relevance_threshold": NAN}, ValueError, "relevance_threshold must be None"),

@@ -476,6 +476,8 @@ class Ranker {
   template <class S>
   void rank(const Row<S>& row, const Parts& parts, int64_t num_relevant, double* out, bool* empty) {
     using namespace ranking;
+    if (judged.wrong || more.wrong)
+      return fail(out, empty);  // such a target has no gain: no place in a table
     Query query{row.n, 0, 0};
     bool gain = false;
     gains_.need(judged.count + more.count);
@@ -500,9 +502,7 @@ class Ranker {
       numbers = rank_by_counting(row, parts);
     else
       numbers = rank_by_sorting(row, cut, parts);
-    bool bad = judged.wrong || more.wrong || query.n_rel < query.relevant ||
-               (o_.nan == propagate && numbers < row.n);
-    if (bad) return fail(out, empty);
+    if (query.n_rel < query.relevant || (o_.nan == propagate && numbers < row.n)) return fail(out, empty);
     empty[0] = query.n_rel == 0;
     empty[step_] = !gain;
     evaluate(a_, query, groups_.data(), groups_.size(), gains_.get(), gains - gains_.get(), discounts_, out,
