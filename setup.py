@@ -63,7 +63,8 @@ def compile_cuda(nvcc: str, folder: Path) -> list[str]:
     objects = []
     for source in sorted((HERE / "csrc" / "cuda").glob("*.cu")):
         target = folder / f"{source.stem}.o"
-        command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets]
+        threads = os.environ.get("MAX_JOBS", "0")  # 0: as many as there are cores
+        command = [nvcc, "-O3", "-std=c++17", "--threads", threads, "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets]
         subprocess.check_call([*command, "-c", str(source), "-o", str(target)])
         objects.append(str(target))
     return objects

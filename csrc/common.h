@@ -102,6 +102,11 @@ class Positions {
   int64_t count_ = 1;
 };
 
+inline Tensor as_contiguous(const Tensor& x, ScalarType dtype) {
+  Tensor converted = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
 // Of the tensor's shape, layout and device.
 inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   std::array<StableIValue, 6> stack{};

@@ -7,8 +7,10 @@
 
 #ifdef __CUDACC__
 #define TORCHFAST_FORMULA __host__ __device__ inline
+#define TORCHFAST_ROLLED _Pragma("unroll 1")  // nvcc would unroll divisions, at the cost of threads
 #else
 #define TORCHFAST_FORMULA inline
+#define TORCHFAST_ROLLED
 #endif
 
 namespace torchfast::ranking {
@@ -55,9 +57,9 @@ TORCHFAST_FORMULA bool zero_is_nothing(const Options& o) {
 
 // Documents of one score; or one document, where the policy for ties gives it a place.
 struct Group {
-  int64_t before;           // documents of the query with larger scores
-  int64_t n, relevant;      // documents of the group
-  int64_t relevant_before;  // those of `before`
+  int32_t before;           // documents of the query with larger scores
+  int32_t n, relevant;      // documents of the group
+  int32_t relevant_before;  // those of `before`
   double gain;              // mean
 };
 
@@ -78,6 +80,7 @@ TORCHFAST_FORMULA double precisions(const Group& g, int64_t m, Share share = {})
   double first = double(g.relevant_before + 1), rank = double(g.before);
   if (g.n == 1) return share.first < m ? first / (rank + 1) : 0.0;
   double slope = double(g.relevant - 1) / double(g.n - 1), sum = 0;
+  TORCHFAST_ROLLED
   for (int64_t i = share.first; i < m; i += share.step)
     sum += (first + double(i) * slope) / (rank + 1 + double(i));
   return sum * (double(g.relevant) / double(g.n));
@@ -87,8 +90,9 @@ TORCHFAST_FORMULA double precisions(const Group& g, int64_t m, Share share = {})
 template <class Discount>
 TORCHFAST_FORMULA double gains(const Group& g, int64_t m, const Discount& discount, Share share = {}) {
   if (share.first >= m) return 0;
-  double sum = discount(g.before + 1 + share.first);
-  for (int64_t i = share.first + share.step; i < m; i += share.step) sum += discount(g.before + 1 + i);
+  double sum = discount(share.first + 1 + g.before);
+  TORCHFAST_ROLLED
+  for (int64_t i = share.first + share.step; i < m; i += share.step) sum += discount(i + 1 + g.before);
   return g.gain * sum;
 }
 
@@ -107,6 +111,7 @@ TORCHFAST_FORMULA FirstHit first_hit(const Group& g, int64_t m) {
   if (g.relevant == 0 || g.relevant_before > 0) return result;
   double n = double(g.n), r = double(g.relevant), rank = double(g.before) + 1;
   double none = 1;  // probability that no document before the one at hand is relevant
+  TORCHFAST_ROLLED
   for (int64_t i = 0; i < m && none > 0; ++i) {
     double left = n - double(i);
     result.reciprocal += none * r / (left * (rank + double(i)));
@@ -120,6 +125,7 @@ TORCHFAST_FORMULA FirstHit first_hit(const Group& g, int64_t m) {
 // `sum` is that of the groups before. See reference.py, precisions_over_hits.
 TORCHFAST_FORMULA double precisions_over_hits(const Group& g, int64_t m, double sum) {
   double c0 = 0, c1 = 0;
+  TORCHFAST_ROLLED
   for (int64_t i = 0; i < m; ++i) {
     double rank = double(g.before) + 1 + double(i);
     c0 += 1 / rank;
@@ -135,11 +141,13 @@ TORCHFAST_FORMULA double precisions_over_hits(const Group& g, int64_t m, double 
     mass += weight;
   };
   double weight = 1;
+  TORCHFAST_ROLLED
   for (double h = mode; h <= high && weight > 0; ++h) {
     add(h, weight);
     weight *= (r - h) * (cut - h) / ((h + 1) * (n - r - cut + h + 1));
   }
   weight = 1;
+  TORCHFAST_ROLLED
   for (double h = mode; h > low && weight > 0; --h) {
     weight *= h * (n - r - cut + h) / ((r - h + 1) * (cut - h + 1));
     add(h - 1, weight);

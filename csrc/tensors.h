@@ -22,11 +22,6 @@ inline bool is_integer(ScalarType dtype) {
 template <class R>
 constexpr ScalarType real_type = std::is_same_v<R, float> ? ScalarType::Float : ScalarType::Double;
 
-inline Tensor as_contiguous(const Tensor& x, ScalarType dtype) {
-  Tensor converted = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
-}
-
 template <class R>
 const R* data(const Tensor& x) {
   return static_cast<const R*>(x.const_data_ptr());

@@ -4,6 +4,7 @@ pytest                     the kernels that serve the CPU here, and those of eac
 pytest -m gpu              the GPUs alone
 pytest --kernel triton     Triton's kernels on CPU tensors, in its interpreter
 pytest --kernel reference  plain PyTorch
+python tests/cuda_emulator the CUDA kernels of the metrics on CPU tensors, in an emulator
 """
 
 import os
@@ -21,7 +22,9 @@ settings.load_profile("torchfast")
 def pytest_addoption(parser):
     parser.addoption("--device", help="test only this device (cpu, cuda, xpu); TORCHFAST_TEST_DEVICE says it too")
     parser.addoption(
-        "--kernel", choices=("native", "triton", "reference"), help="which kernels must serve the CPU; sees to it"
+        "--kernel",
+        choices=("native", "triton", "reference", "emulator"),
+        help="which kernels must serve the CPU; sees to it",
     )
 
 
@@ -34,13 +37,17 @@ def devices(config):
 
 def pytest_configure(config):
     wanted = config.getoption("--kernel")
-    if wanted in ("triton", "reference"):  # before torchfast is imported
+    if wanted in ("triton", "reference", "emulator"):  # before torchfast is imported
         os.environ["TORCHFAST_DISABLE_NATIVE"] = "1"
         os.environ["TRITON_INTERPRET"] = "1" if wanted == "triton" else "0"
     if wanted == "triton":
         import interpreter
 
         interpreter.install()
+    if wanted == "emulator":
+        import torchfast  # noqa: F401  (defines the ops)
+
+        torch.ops.load_library(os.environ["CUDA_EMULATOR_LIBRARY"])
 
 
 def served_by(device, metrics=False):
@@ -56,8 +63,9 @@ def served_by(device, metrics=False):
 def pytest_sessionstart(session):
     """A run must not believe that it tests kernels other than those that it tests."""
     wanted = session.config.getoption("--kernel")
-    for metrics in False, True:
-        expected = "reference" if metrics and wanted == "triton" else wanted  # Triton has none for metrics
+    of_losses = "reference" if wanted == "emulator" else wanted
+    of_metrics = {"triton": "reference", "emulator": {"native", "reference"}}.get(wanted, wanted)
+    for metrics, expected in (False, of_losses), (True, of_metrics):
         if wanted and served_by("cpu", metrics) != expected:
             what = "metrics" if metrics else "losses"
             raise pytest.UsageError(

@@ -6,8 +6,6 @@
 //   top     many, but only the first k ranks matter: sort the documents from the k-th score up
 //   sort    many: sort all documents (radix sort)
 // Each finds the groups of tied documents exactly; csrc/ranking.h turns these into the metrics.
-#include "../ranking.h"
-
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -19,18 +17,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../common.h"
+#include "../ranking_op.h"
 
 #ifndef TORCHFAST_FILE
 namespace torchfast {
 namespace {
 
-struct Arguments {
-  Tensor preds, target;
-  std::optional<Tensor> offsets, mask, lengths, num_relevant, unretrieved, unretrieved_offsets, gain_table;
-  std::vector<int64_t> kinds, ks;
-  ranking::Options options;
-};
+using ranking::Arguments;
 
 // Work within one query, shared out to threads where the query is huge.
 struct Parts {
@@ -520,7 +513,7 @@ class Ranker {
   // The judged documents ids[0 .. count) are among n of one score, after `before` others.
   void add_group(int64_t before, int64_t n, int32_t* ids, int64_t count) {
     if (o_.ties == ranking::average) {
-      Group group{before, n, 0, relevant_before_, 0};
+      Group group{int32_t(before), int32_t(n), 0, relevant_before_, 0};
       for (int64_t i = 0; i < count; ++i) {
         group.relevant += ranking::is_relevant(judged.y[ids[i]], o_);
         group.gain += gains_[ids[i]];
@@ -538,7 +531,7 @@ class Ranker {
   }
   void add_one(int64_t before, int32_t id) {
     bool relevant = ranking::is_relevant(judged.y[id], o_);
-    groups_.push_back({before, 1, relevant, relevant_before_, gains_[id]});
+    groups_.push_back({int32_t(before), 1, relevant, relevant_before_, gains_[id]});
     relevant_before_ += relevant;
   }
 
@@ -785,7 +778,7 @@ class Ranker {
 
   Buffer<double> gains_;  // of the judged documents, then of those not retrieved
   std::vector<Group> groups_;
-  int64_t relevant_before_ = 0;
+  int32_t relevant_before_ = 0;
   // By counting: the judged documents' scores.
   R score_[kCounted + L];
   Buffer<IntVec<R>> counts_;
@@ -958,60 +951,8 @@ void rank_all(const Arguments& a, double* values, bool* empty) {
 namespace torchfast {
 namespace {
 
-// Memory safety for direct callers of the op; the messages for users are the public function's.
-void check(const Arguments& a) {
-  bool flat = a.offsets.has_value();
-  STD_TORCH_CHECK(a.preds.dim() == (flat ? 1 : 2), "preds must be [Q, D], or [T] with offsets");
-  int64_t queries = flat ? a.offsets->numel() - 1 : a.preds.size(0);
-  STD_TORCH_CHECK(queries >= 0, "offsets must have Q + 1 elements");
-  for (const Tensor* x : {&a.target, a.mask ? &*a.mask : &a.target}) {
-    STD_TORCH_CHECK(
-        x->dim() == a.preds.dim() && x->size(0) == a.preds.size(0) && (flat || x->size(1) == a.preds.size(1)),
-        "target and mask must have the shape of preds");
-  }
-  STD_TORCH_CHECK(!a.mask || a.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-  STD_TORCH_CHECK(!a.lengths || (!flat && a.lengths->numel() == queries),
-                  "lengths must have Q elements, beside preds [Q, D]");
-  STD_TORCH_CHECK(!a.num_relevant || a.num_relevant->numel() == queries, "num_relevant must have Q elements");
-  STD_TORCH_CHECK(
-      a.unretrieved.has_value() == a.unretrieved_offsets.has_value() &&
-          (!a.unretrieved || (a.unretrieved->dim() == 1 && a.unretrieved_offsets->numel() == queries + 1)),
-      "unretrieved must be one-dimensional, with Q + 1 unretrieved_offsets");
-  STD_TORCH_CHECK(a.kinds.size() == a.ks.size(), "kinds and ks must have one element a metric");
-  STD_TORCH_CHECK((a.options.gain == ranking::table) == a.gain_table.has_value(),
-                  "gain_table belongs to gain = table");
-  for (const auto* x : {&a.offsets, &a.mask, &a.lengths, &a.num_relevant, &a.unretrieved,
-                        &a.unretrieved_offsets, &a.gain_table})
-    STD_TORCH_CHECK(!*x || (*x)->is_cpu(), "all tensors must be on the CPU");
-  STD_TORCH_CHECK(a.target.is_cpu(), "target must be on the CPU");
-}
-
-std::tuple<Tensor, Tensor> ranking_metrics(Tensor preds, Tensor target, std::optional<Tensor> offsets,
-                                           std::optional<Tensor> mask, std::optional<Tensor> lengths,
-                                           std::optional<Tensor> num_relevant,
-                                           std::optional<Tensor> unretrieved,
-                                           std::optional<Tensor> unretrieved_offsets,
-                                           std::optional<Tensor> gain_table, std::vector<int64_t> kinds,
-                                           std::vector<int64_t> ks, int64_t ties, int64_t gain,
-                                           int64_t map_denominator, int64_t nan, double relevance_threshold) {
-  Arguments a{preds,         target,
-              offsets,       mask,
-              lengths,       num_relevant,
-              unretrieved,   unretrieved_offsets,
-              gain_table,    std::move(kinds),
-              std::move(ks), {ties, gain, map_denominator, nan, relevance_threshold, nullptr, 0}};
-  check(a);
-  if (gain_table) {
-    a.gain_table = baseline::as_contiguous(*gain_table, ScalarType::Double);
-    a.options.gains = baseline::data<double>(*a.gain_table);
-    a.options.gains_size = gain_table->numel();
-  }
-  int64_t queries = offsets ? offsets->numel() - 1 : preds.size(0);
-  Tensor values = torch::stable::new_empty(preds, {int64_t(a.kinds.size()), queries}, ScalarType::Double);
-  Tensor empty = torch::stable::new_empty(preds, {2, queries}, ScalarType::Bool);
-  TORCHFAST_DISPATCH(rank_all)
-  (a, static_cast<double*>(values.mutable_data_ptr()), static_cast<bool*>(empty.mutable_data_ptr()));
-  return {values, empty};
+void rank_all(const Arguments& a, double* values, bool* empty) {
+  TORCHFAST_DISPATCH(rank_all)(a, values, empty);
 }
 
 // ---- Unsorted query ids -------------------------------------------------------------------------
@@ -1064,7 +1005,7 @@ std::tuple<Tensor, Tensor, Tensor> group_unsorted(const Tensor& indexes, const i
 std::tuple<Tensor, Tensor, Tensor> group_by_query(Tensor given, bool skip_sorted) {
   STD_TORCH_CHECK(given.dim() == 1 && given.scalar_type() == ScalarType::Long,
                   "indexes must be one-dimensional and int64");
-  Tensor indexes = baseline::as_contiguous(given, ScalarType::Long);
+  Tensor indexes = as_contiguous(given, ScalarType::Long);
   const int64_t *id = baseline::data<int64_t>(indexes), n = indexes.numel();
   Parts parts{n < kGrainElements ? 1 : int64_t(torch::stable::get_num_threads())};
   if (skip_sorted && std::is_sorted(id, id + n)) {
@@ -1083,6 +1024,6 @@ std::tuple<Tensor, Tensor, Tensor> group_by_query(Tensor given, bool skip_sorted
 
 STABLE_TORCH_LIBRARY_IMPL(torchfast, CPU, m) {
   m.impl("group_by_query", TORCH_BOX(&torchfast::group_by_query));
-  m.impl("ranking_metrics", TORCH_BOX(&torchfast::ranking_metrics));
+  m.impl("ranking_metrics", TORCH_BOX(&torchfast::ranking::ranking_metrics<torchfast::rank_all>));
 }
 #endif

@@ -9,7 +9,7 @@ namespace torchfast::ranking {
 
 // Of scores and targets.
 enum Type : int { u8, i8, i16, i32, i64, f16, bf16, f32, f64 };  // bool is u8
-constexpr int size_of(Type type) {
+TORCHFAST_FORMULA constexpr int size_of(Type type) {
   return type <= i8 ? 1 : type == i16 || type == f16 || type == bf16 ? 2 : type == i32 || type == f32 ? 4 : 8;
 }
 

@@ -1,31 +1,90 @@
-"""Runs CUDA sources on the CPU: see cuda_runtime.h, which takes the place of CUDA's own."""
+"""Runs CUDA sources on the CPU: see cuda_runtime.h, which takes the place of CUDA's own.
+
+python tests/cuda_emulator tests/test_ranking.py    # pytest, with csrc/cuda's kernels as those of the CPU
+"""
 
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-
 HERE = Path(__file__).parent
+CUDA = HERE.parent.parent / "csrc" / "cuda"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 SANITIZERS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=all", "-fsanitize-sections=cuda_shared"]
-FLAGS = ["-std=c++17", "-O2", "-g", "-Wall", "-Werror", f"-I{HERE}", *SANITIZERS]
+FLAGS = ["-O2", "-g", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}", *SANITIZERS]
 
 
-def build(source: Path, program: Path) -> Path:
-    """Compiles a .cu, or a .cpp that includes one, into a program."""
+class Unavailable(Exception):
+    """Why there is no emulator here."""
+
+
+def compile(*arguments: str | Path) -> None:
     if platform.machine() != "x86_64" or shutil.which(CXX[0]) is None:
-        pytest.skip("the CUDA emulator needs g++ on x86-64")
-    result = subprocess.run([*CXX, *FLAGS, "-x", "c++", source, "-o", program], capture_output=True, text=True)
+        raise Unavailable("the CUDA emulator needs g++ on x86-64")
+    result = subprocess.run([*CXX, *FLAGS, *arguments], capture_output=True, text=True)
     if "libasan" in result.stderr or "fsanitize-sections" in result.stderr:
-        pytest.skip("the CUDA emulator needs g++ with its sanitizers")
-    assert result.returncode == 0, result.stderr
-    return program
+        raise Unavailable("the CUDA emulator needs g++ with its sanitizers")
+    if result.returncode:
+        raise RuntimeError(f"{shlex.join(map(str, arguments))}: {result.stderr}")
+
+
+def program(source: Path, target: Path) -> Path:
+    """Of a .cu with a main of its own."""
+    compile("-std=c++17", "-x", "c++", source, "-o", target)
+    return target
+
+
+def library(folder: Path, op: str = "ranking", source: Path | None = None) -> Path:
+    """csrc/cuda's kernels of an op (or those of another source) and their binding, registered for the CPU."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    kernels, binding, target = folder / f"{op}.o", folder / f"{op}_binding.o", folder / f"{op}.so"
+    include = [f"-I{path}" for path in (CUDA, *include_paths())]
+    compile(
+        "-std=c++17",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-I{CUDA}",
+        "-x",
+        "c++",
+        "-c",
+        source or CUDA / f"{op}.cu",
+        "-o",
+        kernels,
+    )
+    stable = ["-DTORCHFAST_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-psabi"]
+    compile(
+        "-std=c++20", "-fPIC", "-fvisibility=hidden", *stable, *include, "-c", CUDA / f"{op}_binding.cpp", "-o", binding
+    )
+    linked = [f"-L{path}" for path in library_paths()]
+    compile("-shared", kernels, binding, *linked, "-ltorch_cpu", "-ltorch", "-lc10", "-o", target)
+    return target
 
 
 def environment(seed: int = 1) -> dict[str, str]:
     # Leaks are looked for by ptrace, which a container may forbid.
     return {**os.environ, "CUDA_EMULATOR_SEED": str(seed), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def preloading(library: Path, seed: int = 1) -> dict[str, str]:
+    """The environment of a Python that loads the library: the sanitizers come first, or not at all."""
+    found = (
+        subprocess.run([*CXX, f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan", "libubsan")
+    )
+    return environment(seed) | {"LD_PRELOAD": " ".join(found), "CUDA_EMULATOR_LIBRARY": str(library)}
+
+
+def pytest(arguments: Sequence[str]) -> int:
+    import sys
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment = preloading(library(Path(folder)))
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "--kernel", "emulator", *arguments], env=environment
+        ).returncode

@@ -41,7 +41,9 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ __attribute__((section("cuda_shared")))
 
 // ---- Types ------------------------------------------------------------------------------------
@@ -424,6 +426,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   cuda_emulator::kernel = [=] { kernel(Parameters(arguments)...); };
   cuda_emulator::run_grid(grid, block);
   __asan_unpoison_memory_region(dynamic_shared, kMaxDynamicShared);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
