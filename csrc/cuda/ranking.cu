@@ -110,8 +110,9 @@ __device__ auto with_size(Type type, const F& f) {
 
 // Not inlined: it stands in many places, none of them hot.
 __device__ __noinline__ double element(const char* row, int64_t at, Type type) {
-  return with_size(
-      type, [&](auto zero) { return to_double(reinterpret_cast<const decltype(zero)*>(row)[at], type); });
+  return with_size(type, [&](auto zero) {
+    return to_double(__ldg(reinterpret_cast<const decltype(zero)*>(row) + at), type);
+  });
 }
 
 // Larger scores have smaller keys; all NaN the largest. U has the size of the score.
@@ -292,11 +293,11 @@ __device__ void for_each(const char* row, int64_t stride, const char* mask, int6
     vectors = (n - head) / kEach;
   }
   const uint4* v = reinterpret_cast<const uint4*>(x + head);
-  uint4 next = thread < vectors ? v[thread] : uint4{};
+  uint4 next = thread < vectors ? __ldg(v + thread) : uint4{};
 #pragma unroll 1
   for (int i = thread; i < vectors; i += threads) {
     uint4 words = next;
-    if (i + threads < vectors) next = v[i + threads];  // on its way while this one is looked at
+    if (i + threads < vectors) next = __ldg(v + i + threads);  // on its way while this one is looked at
     if (skip_zeros && !(words.x | words.y | words.z | words.w)) continue;
     int at = begin + head + i * kEach;
 #pragma unroll 1
@@ -315,7 +316,7 @@ __device__ void for_each(const char* row, int64_t stride, const char* mask, int6
 #pragma unroll 1
   for (int64_t i = thread; i < alone; i += threads) {
     int64_t at = i < head ? i : i + vectors * kEach;
-    if (!mask || mask[(begin + at) * mask_stride]) f(int(begin + at), x[at * stride]);
+    if (!mask || mask[(begin + at) * mask_stride]) f(int(begin + at), __ldg(x + at * stride));
   }
 }
 
@@ -453,7 +454,8 @@ struct InShared {
 
 template <class U>
 __device__ Key<U> key_at(const Call& c, const Row& row, int64_t i) {
-  return key_of(reinterpret_cast<const U*>(row.scores)[i * c.preds.stride], infinity_of<U>(c.preds.type));
+  return key_of(__ldg(reinterpret_cast<const U*>(row.scores) + i * c.preds.stride),
+                infinity_of<U>(c.preds.type));
 }
 
 template <class U>
