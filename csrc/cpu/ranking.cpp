@@ -137,25 +137,38 @@ Keyed<Key>* radix_sort(Keyed<Key>* a, Keyed<Key>* b, int64_t n, const Parts& par
 
 // ---- From groups to values ----------------------------------------------------------------------
 
-// 1 / log2(rank + 1): from a table as far as queries commonly reach.
+// 1 / log2(rank + 1), and its sum over the first ranks: from tables as far as queries commonly reach.
 class Discounts {
  public:
   explicit Discounts(int64_t ranks) : table_(ranks <= 4096 ? made<4096>() : made<1 << 20>()) {}
-  double operator()(int64_t rank) const {
-    return rank < int64_t(table_.size()) ? table_[rank] : 1 / std::log2(double(rank) + 1);
+  double operator()(int64_t rank) const { return rank < size() ? table_.at[rank] : at(rank); }
+  double up_to(int64_t rank) const {
+    double sum = table_.up_to[std::min(rank, size() - 1)];
+    for (int64_t i = size(); i <= rank; ++i) sum += at(i);
+    return sum;
   }
 
  private:
+  struct Table {
+    std::vector<double> at, up_to;
+  };
+  static double at(int64_t rank) { return 1 / std::log2(double(rank) + 1); }
+  int64_t size() const { return int64_t(table_.at.size()); }
+
   template <int64_t size>
-  static const std::vector<double>& made() {
-    static const std::vector<double> table = [] {
-      std::vector<double> result(size + 1);
-      for (int64_t rank = 1; rank <= size; ++rank) result[rank] = 1 / std::log2(double(rank) + 1);
-      return result;
+  static const Table& made() {
+    static const Table table = [] {
+      Table made{std::vector<double>(size + 1), std::vector<double>(size + 1)};
+      long double sum = 0;
+      for (int64_t rank = 1; rank <= size; ++rank) {
+        made.at[rank] = at(rank);
+        made.up_to[rank] = double(sum += made.at[rank]);
+      }
+      return made;
     }();
     return table;
   }
-  const std::vector<double>& table_;
+  const Table& table_;
 };
 
 double map_over_hits(const ranking::Group* groups, int64_t count, int64_t k) {
@@ -176,40 +189,79 @@ class Ideal {
  public:
   // `gains` is reordered, up to the longest cut-off.
   Ideal(double* gains, int64_t n, int64_t longest) : gains_(gains), n_(n) {
+    if (n == 0 || count_digits() || is_one_gain()) return;
     auto descending = [](double a, double b) { return a > b; };
-    if (std::adjacent_find(gains, gains + n, std::not_equal_to<>()) == gains + n) return;
     if (longest < n / 4) {
       std::nth_element(gains, gains + longest, gains + n, descending);
       n_ = longest;
     }
-    int64_t count[256] = {};
-    bool small = true;
-    for (int64_t i = 0; i < n_; ++i) {
-      auto gain = uint8_t(gains[i]);
-      small &= gain == gains[i];
-      ++count[gain];
-    }
-    if (small && n_ > 32) {
-      for (int gain = 255; gain >= 0; gain--) gains = std::fill_n(gains, count[gain], double(gain));
-    } else {
-      std::sort(gains, gains + n_, descending);
-    }
+    if (n_ > 32 && sort_bytes()) return;
+    std::sort(gains, gains + n_, descending);
   }
+
   double dcg(int64_t k, const Discounts& discounts) const {
+    k = std::min(k, n_);
     double sum = 0;
-    for (int64_t i = 0; i < std::min(k, n_); ++i) sum += gains_[i] * discounts(i + 1);
+    if (form_ == one_gain) return k > 0 ? gains_[0] * discounts.up_to(k) : 0;
+    if (form_ == sorted) {
+      for (int64_t i = 0; i < k; ++i) sum += gains_[i] * discounts(i + 1);
+      return sum;
+    }
+    double before = 0;
+    int64_t rank = 0;
+    for (int gain = 7; gain > 0 && rank < k; --gain) {
+      int64_t count = int64_t(digits_ >> (8 * gain) & 255);
+      if (count == 0) continue;
+      double up_to = discounts.up_to(rank = std::min(k, rank + count));
+      sum += gain * (up_to - before);
+      before = up_to;
+    }
     return sum;
   }
 
  private:
-  const double* gains_;
+  // How many gains are 0, 1, ... 7, a byte each, if all are that.
+  bool count_digits() {
+    if (n_ > 255) return false;
+    bool all = true;
+    for (int64_t i = 0; i < n_; ++i) {
+      int gain = gains_[i] < 8 ? int(gains_[i]) : 0;
+      all &= gain == gains_[i];
+      digits_ += uint64_t{1} << (8 * gain);
+    }
+    if (all) form_ = digits;
+    return all;
+  }
+  bool is_one_gain() {
+    bool one = std::adjacent_find(gains_, gains_ + n_, std::not_equal_to<>()) == gains_ + n_;
+    if (one) form_ = one_gain;
+    return one;
+  }
+  // Sorts gains that are integers below 256.
+  bool sort_bytes() {
+    int64_t count[256] = {};
+    for (int64_t i = 0; i < n_; ++i) {
+      int gain = gains_[i] < 256 ? int(gains_[i]) : 0;
+      if (gain != gains_[i]) return false;
+      ++count[gain];
+    }
+    double* to = gains_;
+    for (int gain = 255; gain >= 0; gain--) to = std::fill_n(to, count[gain], double(gain));
+    return true;
+  }
+
+  enum { sorted, one_gain, digits } form_ = sorted;
+  double* gains_;
   int64_t n_;
+  uint64_t digits_ = 0;
 };
 
 // Values of all metrics for a query with these groups, in any order. `gains` holds those of all judged
 // documents.
+// `alone`: each group is one document.
 void evaluate(const Arguments& a, const ranking::Query& query, const ranking::Group* groups, int64_t count,
-              double* gains, int64_t gains_count, const Discounts& discounts, double* out, int64_t step) {
+              bool alone, double* gains, int64_t gains_count, const Discounts& discounts, double* out,
+              int64_t step) {
   using namespace ranking;
   int64_t longest = 0;  // cut-off of NDCG
   for (size_t m = 0; m < a.kinds.size(); ++m)
@@ -223,7 +275,15 @@ void evaluate(const Arguments& a, const ranking::Query& query, const ranking::Gr
     }
     auto sum_of = [&](auto kind) {
       double sum = 0;
-      for (int64_t i = 0; i < count; ++i) sum += contribution<kind()>(groups[i], k, discounts);
+      if (!alone) {
+        for (int64_t i = 0; i < count; ++i) sum += contribution<kind()>(groups[i], k, discounts);
+        return sum;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        Group g = groups[i];
+        g.n = 1;  // so that the compiler knows
+        sum += contribution<kind()>(g, k, discounts);
+      }
       return sum;
     };
     double sum = 0;
@@ -488,6 +548,7 @@ class Ranker {
     if (num_relevant >= 0) query.n_rel = num_relevant;
 
     groups_.clear();
+    alone_ = true;
     relevant_before_ = 0;
     int64_t cut = of_all_ranks_ ? row.n : std::max(longest_cut_, by_relevant_ ? query.n_rel : 0);
     int64_t numbers;
@@ -498,8 +559,8 @@ class Ranker {
     if (query.n_rel < query.relevant || (o_.nan == propagate && numbers < row.n)) return fail(out, empty);
     empty[0] = query.n_rel == 0;
     empty[step_] = !gain;
-    evaluate(a_, query, groups_.data(), groups_.size(), gains_.get(), gains - gains_.get(), discounts_, out,
-             step_);
+    evaluate(a_, query, groups_.data(), groups_.size(), alone_, gains_.get(), gains - gains_.get(),
+             discounts_, out, step_);
   }
 
   void fail(double* out, bool* empty) const {
@@ -519,6 +580,7 @@ class Ranker {
         group.gain += gains_[ids[i]];
       }
       group.gain /= double(n);
+      alone_ = false;
       relevant_before_ += group.relevant;
       groups_.push_back(group);
       return;
@@ -550,6 +612,10 @@ class Ranker {
     if (count == 0 && o_.nan == ranking::last) return row.n;  // no score matters
     int64_t larger[kCounted], equal[kCounted];
     int64_t numbers = count_scores(row, parts, larger, equal);
+    if (row.n <= kShort && std::all_of(equal, equal + count, [](int64_t n) { return n == 1; })) {
+      add_untied(row.n, larger, relevant);
+      return numbers;
+    }
     for (int64_t i = 0; i < count; ++i) {
       uint64_t above = 0, same = 0;
       for (int64_t j = 0; j < count; j += L) {
@@ -563,6 +629,25 @@ class Ranker {
     relevant_before_ = std::popcount(relevant & ~nan);
     if (nan) add_counted(row, numbers, row.n - numbers, R(NAN), nan);
     return numbers;
+  }
+
+  // Judged documents of a short row, none tied with any other: `larger` is their places. A bit a place
+  // says whether there is a relevant one.
+  void add_untied(int64_t n, const int64_t* larger, uint64_t relevant) {
+    uint64_t places[kShort / 64];
+    int64_t words = (n + 63) / 64;
+    std::fill_n(places, words, 0);
+    for (int64_t i = 0; i < judged.count; ++i)
+      places[larger[i] / 64] |= (relevant >> i & 1) << (larger[i] % 64);
+    int32_t before[kShort / 64 + 1] = {};
+    for (int64_t w = 0; w < words; ++w) before[w + 1] = before[w] + std::popcount(places[w]);
+    groups_.resize(judged.count);
+    for (int64_t i = 0; i < judged.count; ++i) {
+      int64_t w = larger[i] / 64;
+      uint64_t in_front = places[w] & ((uint64_t{1} << (larger[i] % 64)) - 1);
+      groups_[i] = {int32_t(larger[i]), 1, int32_t(relevant >> i & 1), before[w] + std::popcount(in_front),
+                    gains_[i]};
+    }
   }
 
   template <class S>
@@ -603,6 +688,24 @@ class Ranker {
     return numbers;
   }
 
+  // The same for many judged documents in a short row: they side by side in vectors, and each document
+  // compared with all of them. Nothing needs to be added up across lanes.
+  template <int vectors>
+  TORCHFAST_INLINE void compare_beside(const R* x, int64_t n, int64_t* larger, int64_t* equal) const {
+    Vec<R> s[vectors];
+    IntVec<R> more[vectors]{}, same[vectors]{};
+    for (int v = 0; v < vectors; ++v) s[v] = load<R>(score_ + v * L);
+    for (int64_t i = 0; i < n; ++i) {
+      Vec<R> document = splat(x[i]);
+      for (int v = 0; v < vectors; ++v) {
+        count_if(more[v], document > s[v]);
+        count_if(same[v], document == s[v]);
+      }
+    }
+    for (int v = 0; v < vectors; ++v)
+      for (int j = 0; j < L; ++j) larger[v * L + j] = more[v][j], equal[v * L + j] = same[v][j];
+  }
+
   // The same for a row whose counts are not worth vectors.
   template <class S>
   TORCHFAST_INLINE int64_t count_short(const Row<S>& row, int64_t* larger, int64_t* equal) {
@@ -624,7 +727,15 @@ class Ranker {
       if (rest) sum += std::popcount(bits_of(load<R>(x + last)) & of_last);
       return sum;
     };
-    for (int64_t j = 0; j < judged.count; ++j) {
+    int64_t vectors = (judged.count + L - 1) / L;
+    if (judged.count > L / 2) {
+      static_assert(kCounted == 4 * L);
+      if (vectors == 1) compare_beside<1>(x, row.n, larger, equal);
+      if (vectors == 2) compare_beside<2>(x, row.n, larger, equal);
+      if (vectors == 3) compare_beside<3>(x, row.n, larger, equal);
+      if (vectors == 4) compare_beside<4>(x, row.n, larger, equal);
+    }
+    for (int64_t j = 0; j < judged.count && judged.count <= L / 2; ++j) {
       Vec<R> score = splat(score_[j]);
       larger[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return larger_bits(v, score); });
       equal[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return equal_bits(v, score); });
@@ -779,6 +890,7 @@ class Ranker {
   Buffer<double> gains_;  // of the judged documents, then of those not retrieved
   std::vector<Group> groups_;
   int32_t relevant_before_ = 0;
+  bool alone_ = true;  // each group is one document
   // By counting: the judged documents' scores.
   R score_[kCounted + L];
   Buffer<IntVec<R>> counts_;
