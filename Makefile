@@ -30,6 +30,7 @@ test: setup lint types
 	TORCHFAST_ISA=avx2 $(PYTEST) $(LOSSES)
 	TORCHFAST_ISA=baseline $(PYTEST) $(LOSSES)
 	$(PYTEST) --kernel reference --deselect tests/test_install.py
+	$(BIN)/python tests/cuda_emulator -q -n auto tests/test_ranking.py tests/test_metric_ops.py
 	$(BIN)/python -m pytest -q -n auto --kernel triton --deselect tests/test_install.py
 
 lint: setup

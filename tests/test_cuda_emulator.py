@@ -1,6 +1,7 @@
 """The CUDA emulator catches what it is there to catch, and lets right kernels pass."""
 
 import subprocess
+import sys
 
 import cuda_emulator
 import pytest
@@ -54,3 +55,56 @@ def test_the_same_kernel_without_the_mistake_passes(planted, name):
     for seed in range(3):
         code, output = run(planted, name, 0, seed)
         assert code == 0, output
+
+
+# ---- The same in the real kernels ------------------------------------------------------------------
+
+CHECK = """
+import dataclasses, os, sys, torch, torchfast
+from torchfast import selftest
+from torchfast._register import metrics
+torch.ops.load_library(os.environ["CUDA_EMULATOR_LIBRARY"])
+metric = metrics["ranking_metrics"]
+few = dataclasses.replace(metric, sample_inputs=lambda device, dtype, large: metric.sample_inputs(device, dtype))
+long = dataclasses.replace(metric, sample_inputs=lambda device, dtype, large: list(metric.sample_inputs(
+    device, dtype, large=True))[14:20])
+failures = [f for op in (few, long) for f in selftest.check(op, "cpu", torch.float32).failures]
+print(*failures, sep=chr(10))
+sys.exit(bool(failures))
+"""
+
+MUTANTS = {
+    "right": (None, None, None),
+    "a sync left out": ("    if (lane == 0) parts[warp] = x;\n    sync();", "    if (lane == 0) parts[warp] = x;", ""),
+    "a vector too many": ("i < vectors; i += threads", "i <= vectors; i += threads", "AddressSanitizer"),
+    "a shuffle without its own lane": (
+        "__shfl_up_sync(kFull, inclusive",
+        "__shfl_up_sync(kFull - 1, inclusive",
+        "which leaves it out",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mistake_planted_in_the_ranking_kernels_is_caught(mutant, folder):
+    right, wrong, said = MUTANTS[mutant]
+    text = (cuda_emulator.CUDA / "ranking.cu").read_text()
+    if right:
+        assert text.count(right) == 1
+        text = text.replace(right, wrong)
+    source = folder / "planted.cu"
+    source.write_text(text)
+    try:
+        library = cuda_emulator.library(folder, source=source)
+    except cuda_emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+    environment = cuda_emulator.preloading(library) | {"TORCHFAST_DISABLE_NATIVE": "1"}
+    result = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=environment)
+    output = result.stdout + result.stderr
+    assert (result.returncode == 0) == (right is None), output
+    assert right is None or said in output, output

@@ -258,6 +258,66 @@ def test_kernel_is_the_reference_on_rows_too_long_for_an_oracle(shape, values, r
         assert torch.equal(empty, truly_empty)
 
 
+def uneven_queries(g, dtype):
+    """One of every size that a kernel treats in its own way, some with more relevant documents than fit anywhere."""
+    sizes = (0, 1, 7, 255, 256, 257, 600, 0, 2048, 2049, 5000, 3, 140_000, 40, 0, 262_144, 11, 131_073, 131_072, 2)
+    shares = (0.5, 1, 0.5, 0.1, 0.9, 0.5, 0.01, 1, 1, 1, 0.6, 0.5, 1e-4, 0.5, 1, 1e-5, 0.5, 0.3, 0.02, 1)
+    preds = torch.cat([random_scores(g, (n,), max(2, n // 3), dtype) for n in sizes])
+    hits = torch.cat([torch.rand(n, generator=g) < share for n, share in zip(sizes, shares, strict=True)])
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)])
+    return preds, torch.randint(1, 4, preds.shape, generator=g) * hits, offsets
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), ids=str)
+def test_queries_of_all_sizes_side_by_side(dtype, ties, device, recorded):
+    """Gains that are no integers, and judged documents that were not retrieved, more than all of a short query."""
+    g = torch.Generator().manual_seed(3)
+    preds, target, offsets = uneven_queries(g, dtype)
+    queries = len(offsets) - 1
+    counts = torch.randint(9, (queries,), generator=g)
+    counts[[5, 9]] = 3000
+    others = torch.randint(4, (int(counts.sum()),), generator=g)
+    unretrieved = (others.to(device), torch.cat([torch.zeros(1).long(), counts.cumsum(0)]).to(device))
+    many = (*KINDS, "ndcg@10", "ndcg@5000", "map@10", "recall@100", "mrr@3", "hit_rate@7", "precision@64", "map@500")
+    options = {"gain": (0.0, 0.7, 1.3, 2.9), "map_denominator": "hits" if ties == "average" else "min(k,n_rel)"}
+    values_of(
+        preds.to(device),
+        target.to(device),
+        many,
+        offsets=offsets.to(device),
+        ties=ties,
+        unretrieved=unretrieved,
+        **options,
+    )
+    found, empty = registry["ranking_metrics"](*recorded[-1])
+    truth, truly_empty = registry["ranking_metrics"].reference(*recorded[-1])
+    torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
+    assert torch.equal(empty, truly_empty)
+    assert torch.equal(found, registry["ranking_metrics"](*recorded[-1])[0])
+
+
+@pytest.mark.parametrize("form", ("as it is", "mask", "lengths", "misaligned"))
+@pytest.mark.parametrize("target_dtype", (torch.bool, torch.int16, torch.float32, torch.int64), ids=str)
+def test_huge_rows(form, target_dtype, device, recorded):
+    g = torch.Generator().manual_seed(4)
+    shape, extra = (3, 135_001), {}
+    preds = random_scores(g, shape, 10**6, torch.float32).to(device)
+    relevant = torch.tensor([[1e-4], [0.4], [0.0]])
+    target = (torch.rand(shape, generator=g) < relevant).to(device, target_dtype)
+    if form == "mask":
+        extra["mask"] = (torch.rand(shape, generator=g) < 0.8).to(device)
+    elif form == "lengths":
+        extra["lengths"] = torch.tensor([100, 135_001, 134_000], device=device)
+    elif form == "misaligned":
+        preds, target = preds[:, 1:], target[:, 3:-1]
+        preds = preds[:, : target.shape[1]]
+    values_of(preds, target, ("ndcg", "ndcg@10", "mrr", "map", "recall@1000"), **extra)
+    found, _ = registry["ranking_metrics"](*recorded[-1])
+    truth, _ = registry["ranking_metrics"].reference(*recorded[-1])
+    torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
+
+
 def test_each_metric_is_the_same_alone_and_among_others(device):
     g = torch.Generator().manual_seed(2)
     preds, target = random_scores(g, (40, 60), 20, torch.float32).to(device), torch.randint(3, (40, 60), generator=g)

@@ -39,27 +39,16 @@ def program(source: Path, target: Path) -> Path:
 
 
 def library(folder: Path, op: str = "ranking", source: Path | None = None) -> Path:
-    """csrc/cuda's kernels of an op (or those of another source) and their binding, registered for the CPU."""
+    """csrc/cuda's kernels of an op, or those of another source, with their binding, which serves the CPU with them."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    kernels, binding, target = folder / f"{op}.o", folder / f"{op}_binding.o", folder / f"{op}.so"
-    include = [f"-I{path}" for path in (CUDA, *include_paths())]
-    compile(
-        "-std=c++17",
-        "-fPIC",
-        "-fvisibility=hidden",
-        f"-I{CUDA}",
-        "-x",
-        "c++",
-        "-c",
-        source or CUDA / f"{op}.cu",
-        "-o",
-        kernels,
-    )
-    stable = ["-DTORCHFAST_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-psabi"]
-    compile(
-        "-std=c++20", "-fPIC", "-fvisibility=hidden", *stable, *include, "-c", CUDA / f"{op}_binding.cpp", "-o", binding
-    )
+    kernels, binding, target = (folder / name for name in (f"{op}.o", f"{op}_binding.o", f"{op}.so"))
+    shared = ["-fPIC", "-fvisibility=hidden", f"-I{CUDA}", "-c"]
+    compile("-std=c++17", *shared, "-x", "c++", source or CUDA / f"{op}.cu", "-o", kernels)
+    if not binding.exists():
+        torch = ["-DTORCHFAST_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-psabi"]
+        torch += [f"-I{path}" for path in include_paths()]
+        compile("-std=c++20", *shared, *torch, CUDA / f"{op}_binding.cpp", "-o", binding)
     linked = [f"-L{path}" for path in library_paths()]
     compile("-shared", kernels, binding, *linked, "-ltorch_cpu", "-ltorch", "-lc10", "-o", target)
     return target
