@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import peak_memory
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -863,11 +864,6 @@ def test_autocast_keeps_half_logits_half(device):
     assert layer.weight.grad.isfinite().all()
 
 
-def resident_kilobytes(name):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(name))
-
-
 @pytest.mark.skipif(unavailable_reason is not None or not sys.platform.startswith("linux"), reason="native, /proc")
 def test_peak_memory_is_the_gradient_alone(device):
     """A 128 MB bf16 input: not even for a moment is there an fp32 copy of it."""
@@ -876,17 +872,10 @@ def test_peak_memory_is_the_gradient_alone(device):
     cross_entropy(x[:1], t[:1]).backward()
     x.grad = None
 
-    def peak(run):
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
-        before = resident_kilobytes("VmRSS")
-        result = run()
-        return result, (resident_kilobytes("VmHWM") - before) / 128_000
-
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-        loss, forward = peak(lambda: cross_entropy(x, t, label_smoothing=0.1))
-    _, backward = peak(loss.backward)
-    assert forward < 0.25 and backward < 1.25
+        loss, forward = peak_memory(lambda: cross_entropy(x, t, label_smoothing=0.1))
+    _, backward = peak_memory(loss.backward)
+    assert forward < 0.25 * x.nbytes and backward < 1.25 * x.nbytes
 
 
 # ---- Memory ----------------------------------------------------------------------------------

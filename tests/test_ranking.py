@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from memory import peak_memory
 from ranking_oracle import KINDS, brute_force, of_order, oracle, orders
 from torch.autograd import forward_ad
 
@@ -833,3 +835,29 @@ def test_compiles_as_one_graph_for_all_shapes(form, device):
             assert found.keys() == expected.keys()
             for name in found:
                 torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "shape, relevant",
+    [((10_000_000, 20), 0.1), ((4, 10_000_000), 1e-6), ((4, 10_000_000), 0.5)],
+    ids=["ten million queries", "ten million documents", "ten million documents, half of them relevant"],
+)
+def test_ten_million_of_either_take_memory_of_the_order_of_the_input(shape, relevant, device, metrics_kernel):
+    """Of one value for each query, and a sort of the documents of one query where many are relevant."""
+    if (device, metrics_kernel) != ("cpu", "native"):
+        pytest.skip("about resident memory; of the native kernels")
+    preds, target = torch.rand(shape), torch.rand(shape) < relevant
+    values_of(preds[:100, :1000], target[:100, :1000], ("ndcg@10", "mrr", "map"))
+    found, used = peak_memory(lambda: ranking_metrics(preds, target, ("ndcg@10", "mrr", "map")))
+    assert used / (preds.nbytes + target.nbytes) < (0.5 if shape[0] > 4 else 4)
+    if len(preds) == 4:
+        for name, value in found.items():
+            each = [ranking_metrics(preds[q : q + 1], target[q : q + 1], name)[name].item() for q in range(4)]
+            assert value.item() == pytest.approx(sum(each) / 4, rel=1e-12)
+    else:
+        some = ranking_metrics(preds[::100], target[::100], tuple(found))
+        assert all(abs(found[name] - some[name]) < 0.01 for name in found)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import peak_memory
 from torch import Tensor, nn
 
 import torchfast
@@ -943,11 +944,6 @@ def test_bitwise_deterministic_where_threads_share_the_work(shape, reduction, ki
         torch.set_num_threads(threads)
 
 
-def resident_kilobytes(name):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(name))
-
-
 @pytest.mark.skipif(unavailable_reason is not None or not sys.platform.startswith("linux"), reason="native, /proc")
 @pytest.mark.parametrize(
     "layout, kind",
@@ -968,16 +964,9 @@ def test_peak_memory_is_the_gradient_alone(layout, kind, device):
     sigmoid_focal_loss(x[:1], targets[:1], weight=w, reduction="mean").backward()
     x.grad = None
 
-    def peak(run):
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
-        before = resident_kilobytes("VmRSS")
-        result = run()
-        return result, (resident_kilobytes("VmHWM") - before) / 64_000
-
-    loss, forward = peak(lambda: sigmoid_focal_loss(x, targets, weight=w, reduction="mean"))
-    _, backward = peak(loss.backward)
-    assert forward < 0.25 and backward < 1.25
+    loss, forward = peak_memory(lambda: sigmoid_focal_loss(x, targets, weight=w, reduction="mean"))
+    _, backward = peak_memory(loss.backward)
+    assert forward < 0.25 * x.nbytes and backward < 1.25 * x.nbytes
 
 
 @pytest.mark.parametrize("kind", ["soft", "class ids"])
