@@ -21,6 +21,7 @@ setup: .venv/built
 
 demo: setup
 	$(BIN)/python examples/train_digits.py
+	$(BIN)/python examples/retrieve_digits.py
 
 LOSSES := tests/test_cross_entropy.py tests/test_sigmoid_focal_loss.py
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile

@@ -2,7 +2,8 @@
 
     python benchmarks/plot.py --csv benchmarks/results/cpu.csv --out docs/img
 
-Lengths are times relative to logits.clone() of the same run; the small print says where it ran.
+Lengths are times relative to logits.clone(), of metrics to reading their inputs, in the same run; the small print
+says where it ran.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ COLORS = {
     "clone": "#2e4057",
 }
 BARS = ("torchfast", "torchfast one-hot", "torch.compile", "liger", "eager")
+FLOORS = {"read": "reading the inputs", "clone": "logits.clone()"}
 
 Row = dict[str, str]
 
@@ -65,9 +67,12 @@ def origin(row: Row) -> str:
 
 
 def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str) -> None:
-    """A group of bars per case: time / logits.clone(), logarithmic; the time itself at the end."""
-    ticks, limit = [], 1.0
-    drawn = [name for name in BARS if any(name in rows for rows in cases.values())]
+    """A group of bars per case: time / that of the floor, logarithmic; the time itself at the end."""
+    ticks, limit, low = [], 1.0, 1.0
+    found = dict.fromkeys(name for rows in cases.values() for name in rows)
+    floor = next(name for name in FLOORS if name in found)
+    drawn = [*(name for name in BARS if name in found), *(name for name in found if name not in COLORS | FLOORS)]
+    drawn = [name for name in drawn if name not in ("copy_", floor)]
     height = 0.8 / len(drawn)
     for group, rows in enumerate(cases.values()):
         ticks.append(group + height * (len(drawn) - 1) / 2)
@@ -78,39 +83,44 @@ def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str) -
             if not row["p50_ms"]:  # failed or wrong: said here too, not left out
                 axes.text(1.0, y, f" {name}: {row['note'].split(':')[0]}", va="center", fontsize=7, color="red")
                 continue
-            ratio, p50 = float(row["ratio_to_clone"]), float(row["p50_ms"])
+            p50 = float(row["p50_ms"])
+            ratio = p50 / float(rows[floor]["p50_ms"])
             spread = [[ratio * (1 - float(row["p20_ms"]) / p50)], [ratio * (float(row["p80_ms"]) / p50 - 1)]]
             error = {"xerr": spread, "error_kw": {"lw": 0.8, "ecolor": "#00000066"}}
-            axes.barh(y, ratio, height, color=COLORS[name], label=name if group == 0 else None, **error)
+            axes.barh(
+                y,
+                ratio,
+                height,
+                color=COLORS.get(name, "#b9c0c9"),
+                label=name if name in COLORS and group == 0 else None,
+                **error,
+            )
             end = max(ratio + spread[1][0], 1.0)
-            axes.text(end, y, f"  {short(ratio)}x, {time_text(p50)}", va="center", fontsize=7)
-            limit = max(limit, end)
-    low = min(
-        (float(r["ratio_to_clone"]) for rows in cases.values() for r in rows.values() if r["p50_ms"]),
-        default=1,
-    )
+            who = "" if name in COLORS else f"  {name}:"
+            axes.text(end, y, f"{who}  {short(ratio)}x, {time_text(p50)}", va="center", fontsize=7)
+            limit, low = max(limit, end), min(low, ratio)
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, low / 1.5), limit * (limit / low) ** 0.35 * 2)
-    axes.axvline(1, color=COLORS["clone"], lw=1.2, ls="--", label="logits.clone()")
+    axes.axvline(1, color=COLORS["clone"], lw=1.2, ls="--", label=FLOORS[floor])
     axes.set_yticks(ticks, [f"{case}\n{shape}" for case, shape in cases], fontsize=8)
     axes.invert_yaxis()
     axes.set_title(dtype, loc="left", fontsize=10)
-    axes.set_xlabel("time / logits.clone(): median, 20-80%; log scale, left is faster")
+    axes.set_xlabel(f"time / {FLOORS[floor]}: median, 20-80%; log scale, left is faster")
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def family_picture(rows: list[Row], family: str) -> Figure:
     by_dtype: dict[str, dict[tuple[str, str], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["what"] == "fwd+bwd":
+        if row["what"] == "fwd+bwd" or row["contender"] in FLOORS:
             by_dtype[row["dtype"]][row["case"], row["shape"]][row["contender"]] = row
     most = max(map(len, by_dtype.values()))
-    size = (7.5 * len(by_dtype), 1.8 + 0.62 * most)
+    size = (max(8.5, 7.5 * len(by_dtype)), 1.8 + 0.62 * most)
     figure, panels = plt.subplots(1, len(by_dtype), figsize=size, squeeze=False, layout="constrained")
     for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
         bars(axes, cases, dtype)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
-    what = "NDCG@10, MRR and MAP" if family.startswith("ranking") else "loss + gradient"
+    what = "NDCG@10, MRR, MAP" if family.startswith("ranking") else "loss + gradient"
     figure.suptitle(f"{family}: {what}", x=0.01, ha="left", fontsize=11)
     return figure
 
