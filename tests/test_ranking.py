@@ -244,7 +244,15 @@ def random_scores(g, shape, values, dtype):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize(
     "shape, values, relevant",
-    [((50, 33), 30, 0.1), ((50, 33), 6, 0.6), ((7, 1000), 3000, 0.02), ((7, 1000), 50, 0.5), ((3, 9000), 10**6, 0.002)],
+    [
+        ((50, 33), 30, 0.1),
+        ((50, 33), 6, 0.6),
+        ((7, 1000), 3000, 0.02),
+        ((7, 1000), 50, 0.5),
+        ((3, 9000), 10**6, 0.002),
+        ((3, 9000), 50, 0.0013),
+        ((3, 9000), 5000, 0.003),
+    ],
     ids=str,
 )
 def test_kernel_is_the_reference_on_rows_too_long_for_an_oracle(shape, values, relevant, dtype, ties, device, recorded):
