@@ -4,6 +4,8 @@
 #include "common.h"
 
 #ifdef TORCHFAST_WITH_CUDA
+#include "cuda/symbols.h"
+
 extern "C" const char* torchfast_cuda_probe(int device, int* arch);
 #endif
 
@@ -35,5 +37,12 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("device") = 0,
       "Runs this binary's device code on a GPU; returns the architecture it was compiled for.");
+  m.def(
+      "has_symbol",
+      [](const std::string& library, const std::string& symbol) {
+        return torchfast::find_symbol(library.c_str(), symbol.c_str()) != nullptr;
+      },
+      py::arg("library"), py::arg("symbol"),
+      "Whether this binary finds a function of a loaded library, as it must torch's CUDA stream.");
 #endif
 }

@@ -144,6 +144,18 @@ def test_the_binary_contains_code_for_every_gpu_architecture_it_names() -> None:
             torchfast._C.cuda_probe(0)
 
 
+@pytest.mark.skipif(
+    _native.unavailable_reason is not None or not torchfast._C.build_info()["cuda_archs"],
+    reason="built without nvcc",
+)
+def test_the_binary_finds_functions_of_libraries_that_it_does_not_link_with() -> None:
+    """As it must torch's current CUDA stream. torch loads its libraries such that no symbol is global."""
+    assert torchfast._C.has_symbol("libtorch_python.so", "THPPyInterpreterFrame_New")
+    assert not torchfast._C.has_symbol("libtorch_python.so", "aoti_torch_get_current_cuda_stream")
+    cuda = torchfast._C.has_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream")
+    assert cuda == (torch.version.cuda is not None)
+
+
 def test_importing_is_light() -> None:
     code = "import sys, torch; before = set(sys.modules); import torchfast; print(*(set(sys.modules) - before))"
     new = run("-c", code, cwd=ROOT).stdout.split()

@@ -278,8 +278,11 @@ def uneven_queries(g, dtype):
     return preds, torch.randint(1, 4, preds.shape, generator=g) * hits, offsets
 
 
-@pytest.mark.parametrize("ties", TIES)
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize(
+    "dtype, ties",
+    [*((torch.float32, ties) for ties in TIES), (torch.bfloat16, "average"), (torch.float64, "pessimistic")],
+    ids=str,
+)
 def test_queries_of_all_sizes_side_by_side(dtype, ties, device, recorded):
     """Gains that are no integers, and judged documents that were not retrieved, more than all of a short query."""
     g = torch.Generator().manual_seed(3)
@@ -307,8 +310,17 @@ def test_queries_of_all_sizes_side_by_side(dtype, ties, device, recorded):
     assert torch.equal(found, registry["ranking_metrics"](*recorded[-1])[0])
 
 
-@pytest.mark.parametrize("form", ("as it is", "mask", "lengths", "misaligned"))
-@pytest.mark.parametrize("target_dtype", (torch.bool, torch.int16, torch.float32, torch.int64), ids=str)
+@pytest.mark.parametrize(
+    "form, target_dtype",
+    [
+        ("as it is", torch.bool),
+        ("mask", torch.int16),
+        ("lengths", torch.float32),
+        ("misaligned", torch.int64),
+        ("misaligned", torch.bool),
+    ],
+    ids=str,
+)
 def test_huge_rows(form, target_dtype, device, recorded):
     g = torch.Generator().manual_seed(4)
     shape, extra = (3, 135_001), {}
@@ -518,6 +530,25 @@ def test_no_queries_and_no_documents(device):
     flat, offsets = torch.zeros(0, device=device), torch.tensor([0], device=device)
     assert values_of(flat, flat, "map", offsets=offsets) == {"map": []}
     assert values_of(flat, flat, "map", indexes=flat.long()) == {"map": []}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), ids=str)
+def test_queries_of_one_document_or_none(dtype, device):
+    preds, target = torch.zeros(9, 1, dtype=dtype, device=device), torch.arange(9, device=device)[:, None] % 2
+    assert values_of(preds, target, ("mrr", "map")) == {"mrr": [0, 1] * 4 + [0], "map": [0, 1] * 4 + [0]}
+    assert values_of(preds[:, :0], target[:, :0], "ndcg") == {"ndcg": [0.0] * 9}
+    offsets = torch.tensor([0, 0, 1, 1], device=device)
+    assert values_of(preds[0], target[1], "mrr", offsets=offsets) == {"mrr": [0, 1, 0]}
+
+
+def test_a_gain_of_negative_zero_is_no_gain(device):
+    y = [1, 1, 1, 2, 3, 3]
+    for gain in (0.0, -0.0, 1.0, 3.0), (-0.0, 0.0, 0.5, 2.5):
+        found = one_query([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], y, device, ("ndcg",), gain=gain)
+        assert found["ndcg"] == 1.0
+    y = torch.tensor([[1] * 3000 + [2, 3, 3]], device=device)
+    found = values_of(torch.arange(3003.0, device=device)[None], y, "ndcg", gain=(0.0, -0.0, 1.0, 3.0))
+    assert found["ndcg"] == [1.0]
 
 
 # ---- Queries: empty ones, weights, means -----------------------------------------------------------

@@ -256,9 +256,8 @@ class Ideal {
   uint64_t digits_ = 0;
 };
 
-// Values of all metrics for a query with these groups, in any order. `gains` holds those of all judged
-// documents.
-// `alone`: each group is one document.
+// Values of all metrics for a query with these groups, in any order; `alone`: each is one document.
+// `gains` holds those of all judged documents.
 void evaluate(const Arguments& a, const ranking::Query& query, const ranking::Group* groups, int64_t count,
               bool alone, double* gains, int64_t gains_count, const Discounts& discounts, double* out,
               int64_t step) {
@@ -833,18 +832,19 @@ class Ranker {
       if (rest) sum += std::popcount(bits_of(load<R>(x + last)) & of_last);
       return sum;
     };
-    int64_t vectors = (judged.count + L - 1) / L;
     if (judged.count > L / 2) {
       static_assert(kCounted == 4 * L);
+      int64_t vectors = (judged.count + L - 1) / L;
       if (vectors == 1) compare_beside<1>(x, row.n, larger, equal);
       if (vectors == 2) compare_beside<2>(x, row.n, larger, equal);
       if (vectors == 3) compare_beside<3>(x, row.n, larger, equal);
       if (vectors == 4) compare_beside<4>(x, row.n, larger, equal);
-    }
-    for (int64_t j = 0; j < judged.count && judged.count <= L / 2; ++j) {
-      Vec<R> score = splat(score_[j]);
-      larger[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return larger_bits(v, score); });
-      equal[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return equal_bits(v, score); });
+    } else {
+      for (int64_t j = 0; j < judged.count; ++j) {
+        Vec<R> score = splat(score_[j]);
+        larger[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return larger_bits(v, score); });
+        equal[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return equal_bits(v, score); });
+      }
     }
     return count([](Vec<R> v) __attribute__((always_inline)) { return equal_bits(v, v); });
   }

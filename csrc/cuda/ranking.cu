@@ -8,8 +8,8 @@
 //   a block             for longer ones,
 //   blocks of kSlice    for those longer than kHuge, in four kernels: find, sort, locate, evaluate.
 // Judged documents that do not fit in shared memory (kCapacity) are sorted by one block in global memory
-// (radix sort of their places, three ints a document); so a huge query with very many of them keeps one
-// block busy for long.
+// (radix sort of their places, three ints a document, set aside where a query could be so long); so a huge
+// query with very many of them keeps one block busy for long.
 //
 // Counts are integers, sums of doubles have a fixed order: results are the same in every run. One thread
 // alone walks through a tie group for mrr, hit_rate and map over hits, as far as the cut-off.
@@ -432,7 +432,7 @@ __device__ int* radix_sort(const Team<warps>& team, int* ids, int* other, int n,
 }
 
 // Doubles >= 0 by descending value.
-__device__ inline uint64_t descending(double x) { return ~bits_as<uint64_t>(x); }
+__device__ inline uint64_t descending(double x) { return ~bits_as<uint64_t>(x + 0.0); }  // -0.0 is 0.0
 
 // ---- Judged documents: lists --------------------------------------------------------------------
 
@@ -645,7 +645,7 @@ __device__ __noinline__ double parted_over_hits(const Group& cut, int64_t k, dou
 // any, all of the gain `one` unless that is 0. What `list` counts is written over.
 template <class U, int warps, class List>
 __device__ void find_ideals(const Team<warps>& team, const Pass& p, const Row& row, const List& list, int n,
-                            int positive, double one, int64_t n_rel, void* memory) {
+                            int positive, double one, void* memory) {
   const Call& c = p.call;
   InShared<U> shared_list(memory, p.capacity);
   uint64_t* gains = shared_list.gains();
@@ -795,6 +795,7 @@ __device__ void evaluate(const Team<warps>& team, const Pass& p, const Row& row,
       all.relevant = team.sum(all.relevant);
       all.gain = team.sum(all.gain) / double(all.n);
       add_groups(team, p, all, query.n_rel, Share{team.thread, team.size});
+      team.sync();
     }
   }
   team.sync();
@@ -804,7 +805,7 @@ __device__ void evaluate(const Team<warps>& team, const Pass& p, const Row& row,
   bool asked = false;
   for (int m = 0; m < p.metric_count; ++m) asked |= p.metrics[m].kind == ndcg;
   team.sync();
-  if (asked) find_ideals<U>(team, p, row, list, n, positive, least >= most ? most : 0.0, query.n_rel, memory);
+  if (asked) find_ideals<U>(team, p, row, list, n, positive, least >= most ? most : 0.0, memory);
   team.sync();
   if (team.thread < p.metric_count) {
     const Metric& metric = p.metrics[team.thread];
@@ -1109,7 +1110,7 @@ class Launcher {
 };
 
 int power_of_2_from(int64_t n) {
-  int power = 1;
+  int power = 2;  // of keys of 8 bytes and three ints: a multiple of 8 bytes
   while (power < n) power *= 2;
   return power;
 }

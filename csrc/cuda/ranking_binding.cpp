@@ -2,13 +2,13 @@
 // CPU.
 #if defined(TORCHFAST_WITH_CUDA) || defined(TORCHFAST_EMULATED)
 
-#include <dlfcn.h>
-
 #include "../ranking_op.h"
 #include "ranking_launch.h"
 
 #ifndef TORCHFAST_EMULATED
 #include <torch/csrc/stable/accelerator.h>
+
+#include "symbols.h"
 #endif
 
 namespace torchfast::ranking {
@@ -46,11 +46,10 @@ struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor&) {}
 };
 #else
-// A function of torch's CUDA library, which is not there to link with where torch is built without it.
 void* current_stream(const Tensor& x) {
   using Current = AOTITorchError (*)(int32_t, void**);
   static const auto current =
-      reinterpret_cast<Current>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+      reinterpret_cast<Current>(find_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"));
   STD_TORCH_CHECK(current, "this torch has CUDA tensors, but not aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(current(x.get_device_index(), &stream));
