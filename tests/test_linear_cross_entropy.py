@@ -1,7 +1,8 @@
 """linear_cross_entropy is F.linear, then cross_entropy; the formula of the latter is tested in test_cross_entropy.py.
 
 Errors are largest differences from fp64 of the same inputs, relative to the largest element of the truth. Ours may be
-as large as those of the two steps in the same dtype, and `ROUNDINGS` of the dtype that sums are computed in.
+as large as those of the two steps in the same dtype, and `ROUNDINGS` of the dtype that sums are computed in. The
+input's gradient in half precision is multiplied by the upstream gradient after it was rounded, and rounded again.
 """
 
 import copy
@@ -92,7 +93,7 @@ def error(actual, truth):
     return wrong.abs().max().item() / max(truth.nan_to_num(0, 0, 0).abs().max().item(), 1e-30)
 
 
-def assert_as_two_steps(x, w, b, target, **options):
+def assert_as_two_steps(x, w, b, target, roundings=ROUNDINGS, **options):
     """The loss and all gradients."""
     actual = results(linear_cross_entropy, x, w, b, target, **options)
     eager = results(two_steps, x, w, b, target, **options)
@@ -101,7 +102,9 @@ def assert_as_two_steps(x, w, b, target, **options):
     eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     for name, ours, theirs, true in zip(("loss", "input", "weight", "bias"), actual, eager, truth, strict=False):
         assert ours.dtype == theirs.dtype
-        got, allowed = error(ours, true), error(theirs, true) + ROUNDINGS * eps
+        got, allowed = error(ours, true), error(theirs, true) + roundings * eps
+        if name == "input" and x.dtype in HALF:
+            allowed += torch.finfo(x.dtype).eps / 2
         assert got <= allowed, f"{name}: {got:.3g}, the two steps have {allowed:.3g}"
 
 
@@ -132,9 +135,9 @@ def test_loss_and_gradients_are_those_of_the_two_steps(dtype, factors, probabili
 
 @st.composite
 def calls(draw, device):
-    """Any combination of options, shapes, dtypes and layouts."""
+    """Any combination of options, shapes and layouts; half precision is above, in samples that luck cannot decide."""
     seed = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     rows = draw(st.sampled_from([(), (1,), (7,), (2, 5), (2, 1, 3), (0,), (3, 0)]))
     features, classes = draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 65, 130]))
 
@@ -202,10 +205,11 @@ def test_default_chunks_of_many_rows_and_long_rows(dtype, kernel, device):
 def test_gradients_of_parameters_are_added_up_in_fp32(dtype, device):
     """Each chunk adds the same to the gradient: in bf16 a sum of more than 256 of them stays where it is."""
     x, w, b, _ = example(device, dtype, rows=(1, 3))
-    x = x[:, :1].repeat(1200, 1, 1).squeeze(1)
-    target = torch.zeros(1200, dtype=torch.long, device=device)
-    assert_as_two_steps(x, w, b, target, chunk_size=2, reduction="sum")
-    assert_as_two_steps(x, w, b, target, chunk_size=2, reduction="none", upstream=torch.ones(1200, device=device))
+    x, target = x[:, 0].repeat(700, 1), torch.zeros(700, dtype=torch.long, device=device)
+    options = {"chunk_size": 2, "roundings": 350, "upstream": None}  # one rounding, always the same, for each addition
+    assert_as_two_steps(x, w, b, target, reduction="sum", **options)
+    options["upstream"] = torch.ones(700, device=device)
+    assert_as_two_steps(x, w, b, target, reduction="none", **options)
 
 
 def test_a_loss_scale_protects_small_fp16_gradients(device):
@@ -346,7 +350,8 @@ def test_retained_graph_gives_the_same_gradients_again(dtype, reduction, device)
     for a, c, d, k in zip(once, twice, last, kept, strict=True):
         same(a, k)
         same(d, k)
-        assert error(c, 3 * k.double()) <= 2 * torch.finfo(dtype).eps  # two roundings of half a unit each, of each side
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert error(c, 3 * k.double()) <= 2 * torch.finfo(dtype).eps + ROUNDINGS * torch.finfo(wide).eps
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, leaves, upstream)
 
@@ -375,7 +380,7 @@ def test_upstream_gradients_of_any_layout_and_sign(layout, device):
 
 def test_hooks_keep_what_they_were_given(device):
     """The backward may use up a gradient that it saved; not where a hook holds it."""
-    x, w, b, target = example(device)
+    x, w, _, target = example(device)
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         loss = linear_cross_entropy(x, w.requires_grad_(), target)
@@ -419,7 +424,7 @@ def test_a_frozen_parameter_costs_nothing(reduction, needs, device):
 
 
 def test_no_grad_and_detached_inputs_compute_no_gradient(device):
-    x, w, b, target = example(device)
+    x, w, _, target = example(device)
     w.requires_grad_()
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         assert not linear_cross_entropy(x, w, target, chunk_size=13).requires_grad
@@ -453,15 +458,14 @@ def test_gradients_of_the_other_tensors(name, device):
 def test_activation_checkpointing(reduction, use_reentrant, device):
     x, w, b, target = example(device)
     expected = results(linear_cross_entropy, x, w, b, target, reduction=reduction)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
 
-    def checkpointed(x, w, target, linear_bias, **options):
-        return checkpoint(
-            lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, **options),
-            *(x, w, linear_bias),
-            use_reentrant=use_reentrant,
-        )
+    def loss_of(x, w, b):
+        return linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
 
-    for a, e in zip(results(checkpointed, x, w, b, target, reduction=reduction), expected, strict=True):
+    loss = checkpoint(loss_of, *leaves, use_reentrant=use_reentrant)
+    loss.backward(upstream_of(loss))
+    for a, e in zip([loss.detach(), *(t.grad for t in leaves)], expected, strict=True):
         same(a, e)
 
 
@@ -701,6 +705,7 @@ def test_errors_name_the_argument_what_was_given_and_what_is_allowed(args, optio
 
 def test_module_is_the_function(device):
     x, _, _, target = example(device)
+    target.clamp_(min=0)
     weight, alpha, s = (torch.rand(n, device=device) for n in (70, 70, 13))
     options = {"gamma": 1.5, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 9.0, "logit_scale": 0.5}
     options |= {"ignore_index": 3, "reduction": "sum", "chunk_size": 4}

@@ -69,6 +69,11 @@ class _Arguments(NamedTuple):
         """Of the loss and of sums over rows."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @property
+    def widens(self) -> bool:
+        """Whether the device multiplies half precision into fp32."""
+        return self.dtype != self.wide and self.input.device.type == "cuda" and torch.version.hip is None
+
     def options(self, reduction: int) -> tuple[Any, ...]:
         """Of the op cross_entropy, with logits that its backward may overwrite."""
         return (
@@ -126,17 +131,16 @@ def _divisor(a: _Arguments) -> Tensor:
     return (each if a.sample_weight is None else each * a.sample_weight.to(a.wide)).sum()
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+def _add_product(total: Tensor, x: Tensor, y: Tensor, widens: bool) -> None:
     """total += x y. Half-precision products are added up, and arrive, in the dtype of the total."""
     if x.dtype == total.dtype:
         total.addmm_(x, y)
         return
-    nvidia = x.device.type == "cuda" and torch.version.hip is None
-    if not nvidia:
+    if not widens:
         y = y.to(total.dtype)
     for start in range(0, len(total), 8192):  # so that no product is of the size of the total
         part = slice(start, start + 8192)
-        if nvidia:
+        if widens:
             total[part] += torch.mm(x[part], y, out_dtype=total.dtype)
         else:
             total[part].addmm_(x[part].to(total.dtype), y)
@@ -175,18 +179,18 @@ def _walk(a: _Arguments, upstream: Tensor | None, needs: tuple[bool, ...]) -> tu
             continue
         _write_gradient(upstream[chunk], *call, residuals)
         if needs[0]:
-            grad_input[chunk] = torch.mm(logits, w)
+            grad_input[chunk] = torch.mm(logits, w, out_dtype=a.wide) if a.widens else torch.mm(logits, w)
         if needs[1]:
-            _add_product(grad_weight, logits.t(), h)
+            _add_product(grad_weight, logits.t(), h, a.widens)
         if needs[2]:
             grad_bias += logits.sum(0, dtype=a.wide)
     return loss, *gradients
 
 
 def _new_gradients(new: Callable[..., Tensor], a: _Arguments, needs: tuple[bool, ...]) -> list[Tensor]:
-    """Of the input in the dtype of the products, and of weight and bias, sums over all rows, in that of sums."""
+    """Of weight and bias, sums over all rows, in the dtype of sums; of the input in that of what a product gives."""
     shapes = a.input.shape, a.linear_weight.shape, a.linear_weight.shape[:1]
-    dtypes = a.dtype, a.wide, a.wide
+    dtypes = a.wide if a.widens else a.dtype, a.wide, a.wide
     each = zip(shapes, dtypes, needs, strict=True)
     return [new(shape if need else (0,), dtype=dtype, device=a.input.device) for shape, dtype, need in each]
 
@@ -260,8 +264,9 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, 
     if all(have or not need for have, need in zip(ctx.computed, needs, strict=True)):
         found = [grad_input, grad_weight, grad_bias]
         factor = grad * inverse if a.dtype == torch.float16 else grad
-        # A graph that is kept needs them again; another gives up their memory.
-        consume = not (ctx.hooked or transformed or torch._C._autograd._get_current_graph_task_keep_graph())
+        # A graph that is kept needs them again, and so may one that is traced; another gives up their memory.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph() or type(grad) is not Tensor
+        consume = not (kept or ctx.hooked or transformed)
         found = [
             t if not need else t.mul_(factor) if consume else t * factor for t, need in zip(found, needs, strict=True)
         ]
