@@ -26,10 +26,11 @@ COLORS = {
     "torchfast one-hot": "#e8a0a8",
     "torch.compile": "#66a182",
     "liger": "#edae49",
+    "torch chunked": "#d9b26f",
     "eager": "#8d96a3",
     "clone": "#2e4057",
 }
-BARS = ("torchfast", "torchfast one-hot", "torch.compile", "liger", "eager")
+BARS = ("torchfast", "torchfast one-hot", "torch.compile", "liger", "torch chunked", "eager")
 
 Row = dict[str, str]
 
@@ -64,8 +65,8 @@ def origin(row: Row) -> str:
     )
 
 
-def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str) -> None:
-    """A group of bars per case: time / logits.clone(), logarithmic; the time itself at the end."""
+def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str, cloned: str) -> None:
+    """A group of bars per case: time relative to a clone, logarithmic; the time itself at the end."""
     ticks, limit = [], 1.0
     drawn = [name for name in BARS if any(name in rows for rows in cases.values())]
     height = 0.8 / len(drawn)
@@ -91,11 +92,11 @@ def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str) -
     )
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, low / 1.5), limit * (limit / low) ** 0.35 * 2)
-    axes.axvline(1, color=COLORS["clone"], lw=1.2, ls="--", label="logits.clone()")
+    axes.axvline(1, color=COLORS["clone"], lw=1.2, ls="--", label=cloned)
     axes.set_yticks(ticks, [f"{case}\n{shape}" for case, shape in cases], fontsize=8)
     axes.invert_yaxis()
     axes.set_title(dtype, loc="left", fontsize=10)
-    axes.set_xlabel("time / logits.clone(): median, 20-80%; log scale, left is faster")
+    axes.set_xlabel(f"time / {cloned}: median, 20-80%; log scale, left is faster")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -108,7 +109,7 @@ def family_picture(rows: list[Row], family: str) -> Figure:
     size = (7.5 * len(by_dtype), 1.8 + 0.62 * most)
     figure, panels = plt.subplots(1, len(by_dtype), figsize=size, squeeze=False, layout="constrained")
     for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
-        bars(axes, cases, dtype)
+        bars(axes, cases, dtype, "classifier.clone()" if family == "linear" else "logits.clone()")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
     what = "NDCG@10, MRR and MAP" if family.startswith("ranking") else "loss + gradient"
     figure.suptitle(f"{family}: {what}", x=0.01, ha="left", fontsize=11)
