@@ -194,9 +194,21 @@ def test_rows_need_not_be_a_multiple_of_the_chunk(rows, chunk_size, reduction, d
     assert_as_two_steps(x, w, b, target, reduction=reduction, chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64], ids=str
+)
+def test_any_integer_dtype_of_targets(dtype, device):
+    x, w, b, target = example(device)
+    target = torch.where(target < 0, 7, target)
+    expected = results(linear_cross_entropy, x, w, b, target, ignore_index=7, chunk_size=4)
+    actual = results(linear_cross_entropy, x, w, b, target.to(dtype), ignore_index=7, chunk_size=4)
+    for a, e in zip(actual, expected, strict=True):
+        same(a, e)
+
+
 @by_dtype
 def test_default_chunks_of_many_rows_and_long_rows(dtype, kernel, device):
-    rows, classes = (1500, 9000) if kernel == "native" else (40, 300)
+    rows, classes = (1500, 30000) if kernel == "native" else (40, 300)
     x, w, b, target = example(device, dtype, rows=(rows,), features=24, classes=classes)
     assert_as_two_steps(x, w, b, target, label_smoothing=0.1)
 
