@@ -1,6 +1,6 @@
 """What is measured. A case is data: fresh inputs, contenders, the truth in fp64, and the aims.
 
-The inputs' first tensor is the one differentiated. A contender takes the inputs and returns the
+The inputs' first tensor is the one whose gradient is verified. A contender takes the inputs and returns the
 tensor to differentiate; where that needs no gradient, as a metric's, both times are of the call. ``run.py`` adds
 torch.compile of "eager" and the floors (copy, clone) to every case. ``cases()`` are the CPU's,
 ``gpu_cases()`` the GPU's, set up on the device: some would not fit in the host's memory.
@@ -64,13 +64,22 @@ class Case:
     """Besides copy_ and clone."""
     slow: bool = False
     """Has contenders that are too slow for --quick."""
+    if_asked: bool = False
+    """Takes so long that only --only runs it."""
     read_too: int = 0
     """Tensors of the logits' size and dtype that both passes must read besides them."""
+    features: int = 1
+    """Of the linear layer that makes the logits; the shape has them too."""
+
+    @property
+    def elements(self) -> int:
+        """Of the logits."""
+        return math.prod(self.shape) // self.features
 
     @property
     def moved(self) -> int:
         """Bytes that loss and gradient must at least move: forward reads, backward reads and writes."""
-        return (3 + 2 * self.read_too) * math.prod(self.shape) * self.dtype.itemsize
+        return (3 + 2 * self.read_too) * self.elements * self.dtype.itemsize
 
     @property
     def label(self) -> str:
@@ -95,6 +104,12 @@ def timings(name: str) -> tuple[str, ...]:
 def failure(problem: Exception) -> str:
     """A failing contender is a result, not the end of the run."""
     return f"failed: {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"[:300]
+
+
+def forget_gradients(inputs: Inputs) -> None:
+    for tensor in inputs:
+        if tensor is not None:
+            tensor.grad = None
 
 
 def private(name: str, inputs: Inputs) -> Inputs:

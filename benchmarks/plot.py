@@ -27,10 +27,11 @@ COLORS = {
     "torchfast one-hot": "#e8a0a8",
     "torch.compile": "#66a182",
     "liger": "#edae49",
+    "torch chunked": "#d9b26f",
     "eager": "#8d96a3",
     "clone": "#2e4057",
 }
-BARS = ("torchfast", "torchfast one-hot", "torch.compile", "liger", "eager")
+BARS = ("torchfast", "torchfast one-hot", "torch.compile", "liger", "torch chunked", "eager")
 FLOORS = {"read": "reading the inputs", "clone": "logits.clone()"}
 
 Row = dict[str, str]
@@ -66,7 +67,7 @@ def origin(row: Row) -> str:
     )
 
 
-def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str) -> None:
+def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str, floors: dict[str, str]) -> None:
     """A group of bars per case: time / that of the floor, logarithmic; the time itself at the end."""
     ticks, limit, low = [], 1.0, 1.0
     found = dict.fromkeys(name for rows in cases.values() for name in rows)
@@ -101,11 +102,11 @@ def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str) -
             limit, low = max(limit, end), min(low, ratio)
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, low / 1.5), limit * (limit / low) ** 0.35 * 2)
-    axes.axvline(1, color=COLORS["clone"], lw=1.2, ls="--", label=FLOORS[floor])
+    axes.axvline(1, color=COLORS["clone"], lw=1.2, ls="--", label=floors[floor])
     axes.set_yticks(ticks, [f"{case}\n{shape}" for case, shape in cases], fontsize=8)
     axes.invert_yaxis()
     axes.set_title(dtype, loc="left", fontsize=10)
-    axes.set_xlabel(f"time / {FLOORS[floor]}: median, 20-80%; log scale, left is faster")
+    axes.set_xlabel(f"time / {floors[floor]}: median, 20-80%; log scale, left is faster")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -118,7 +119,7 @@ def family_picture(rows: list[Row], family: str) -> Figure:
     size = (max(8.5, 7.5 * len(by_dtype)), 1.8 + 0.62 * most)
     figure, panels = plt.subplots(1, len(by_dtype), figsize=size, squeeze=False, layout="constrained")
     for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
-        bars(axes, cases, dtype)
+        bars(axes, cases, dtype, FLOORS | {"clone": "classifier.clone()"} if family == "linear" else FLOORS)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
     what = "NDCG@10, MRR, MAP" if family.startswith("ranking") else "loss + gradient"
     figure.suptitle(f"{family}: {what}", x=0.01, ha="left", fontsize=11)

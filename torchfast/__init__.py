@@ -8,6 +8,7 @@ from torchfast.losses.cross_entropy import (
     cross_entropy,
     focal_loss,
 )
+from torchfast.losses.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from torchfast.losses.sigmoid_focal_loss import (
     AsymmetricLoss,
     SigmoidFocalLoss,
@@ -22,11 +23,13 @@ __all__ = [
     "CrossEntropyLoss",
     "FocalLoss",
     "LabelSmoothingCrossEntropy",
+    "LinearCrossEntropyLoss",
     "SigmoidFocalLoss",
     "__version__",
     "asymmetric_loss",
     "cross_entropy",
     "focal_loss",
+    "linear_cross_entropy",
     "metrics",
     "sigmoid_focal_loss",
 ]

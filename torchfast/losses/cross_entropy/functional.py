@@ -33,25 +33,22 @@ def _overlaps(x: Tensor) -> bool:
     return False
 
 
-def _check_tensors(input: Tensor, target: Tensor, others: dict[str, Tensor | None]) -> None:
-    check_logits_dtype("input", input)
-    if input.dim() == 0:
-        raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
-    shape = input.shape
-    rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[1:]
-    classes = shape[class_dim(input)]
-    check("input", classes > 0, tuple(shape), "logits of at least one class")
+def check_tensors(
+    target: Tensor, others: dict[str, Tensor | None], input: Tensor, logits: str, shape: tuple[int, ...], dim: int
+) -> None:
+    """Of the tensors beside the logits: these are called so, have this shape, and their classes in this dimension."""
+    rows, classes = shape[:dim] + shape[dim + 1 :], shape[dim]
     if target.is_floating_point():
         if target.shape != shape:
             raise ValueError(
-                f"target of class probabilities ({target.dtype}) must have input's shape {tuple(shape)}, "
+                f"target of class probabilities ({target.dtype}) must have {logits}'s shape {tuple(shape)}, "
                 f"got {tuple(target.shape)}; class indices must be of an integer dtype"
             )
     elif target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"target must be integer class indices or float probabilities, got {target.dtype}")
     elif target.shape != rows:
         raise ValueError(
-            f"target of class indices must have shape {tuple(rows)} for input of shape {tuple(shape)}, "
+            f"target of class indices must have shape {tuple(rows)} for {logits} of shape {tuple(shape)}, "
             f"got {tuple(target.shape)}; class probabilities must be of a floating dtype"
         )
     check_device("target", target, "input", input)
@@ -63,6 +60,31 @@ def _check_tensors(input: Tensor, target: Tensor, others: dict[str, Tensor | Non
         scalar = name == "alpha" and tensor.numel() == 1
         check(f"{name}'s shape", scalar or tensor.shape == allowed, tuple(tensor.shape), tuple(allowed))
         check_device(name, tensor, "input", input)
+
+
+def check_options(
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    gamma: float,
+    softcap: float | None,
+    empty: str,
+) -> None:
+    check("reduction", reduction in REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
+    check("empty", empty in ("nan", "zero"), empty, "'nan' or 'zero'")
+    check("label_smoothing", 0 <= label_smoothing <= 1, label_smoothing, "in [0, 1]")
+    check("gamma", 0 <= gamma < float("inf"), gamma, "finite and >= 0")
+    check("softcap", softcap is None or 0 < softcap < float("inf"), softcap, "None or finite and > 0")
+    if target.is_floating_point():
+        check("ignore_index", ignore_index < 0, ignore_index, "negative for a target of class probabilities")
+
+
+def _check_input(input: Tensor) -> None:
+    check_logits_dtype("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
+    check("input", input.shape[class_dim(input)] > 0, tuple(input.shape), "logits of at least one class")
 
 
 def cross_entropy(
@@ -140,16 +162,12 @@ def cross_entropy(
         >>> print(f"{loss.item():.4f}", tuple(logits.grad.shape))
         1.6055 (2, 3)
     """
+    _check_input(input)
     if isinstance(alpha, (int, float)):
         alpha = torch.full((1,), alpha, dtype=accumulate_dtype(input), device=input.device)
-    _check_tensors(input, target, {"weight": weight, "alpha": alpha, "sample_weight": sample_weight})
-    check("reduction", reduction in REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
-    check("empty", empty in ("nan", "zero"), empty, "'nan' or 'zero'")
-    check("label_smoothing", 0 <= label_smoothing <= 1, label_smoothing, "in [0, 1]")
-    check("gamma", 0 <= gamma < float("inf"), gamma, "finite and >= 0")
-    check("softcap", softcap is None or 0 < softcap < float("inf"), softcap, "None or finite and > 0")
-    if target.is_floating_point():
-        check("ignore_index", ignore_index < 0, ignore_index, "negative for a target of class probabilities")
+    factors = {"weight": weight, "alpha": alpha, "sample_weight": sample_weight}
+    check_tensors(target, factors, input, "input", input.shape, class_dim(input))
+    check_options(target, ignore_index, reduction, label_smoothing, gamma, softcap, empty)
     if normalizer is not None:
         check_normalizer(normalizer, reduction)
         reduction = "sum"

@@ -1,0 +1,838 @@
+"""linear_cross_entropy is F.linear, then cross_entropy; the formula of the latter is tested in test_cross_entropy.py.
+
+Errors are largest differences from fp64 of the same inputs, relative to the largest element of the truth. Ours may be
+as large as those of the two steps in the same dtype, and `ROUNDINGS` of the dtype that sums are computed in. The
+input's gradient in half precision is multiplied by the upstream gradient after it was rounded, and rounded again.
+"""
+
+import copy
+import ctypes
+import gc
+import itertools
+import re
+import sys
+import types
+import unittest
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.gradcheck import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import torchfast
+from torchfast import LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
+
+ROUNDINGS = 32
+NAN, INF = float("nan"), float("inf")
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+by_reduction = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+OPTIONS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "focal": {"gamma": 2.0, "alpha": 0.25},
+    "focal, smoothed": {"gamma": 1.5, "label_smoothing": 0.2},
+    "z-loss": {"z_loss": 1e-2},
+    "capped": {"softcap": 5.0, "logit_scale": 0.7},
+    "normalized": {"normalizer": 3.0},
+}
+option_sets = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def two_steps(input, linear_weight, target, *, linear_bias=None, chunk_size=None, **options):
+    """On rows: cross_entropy's class dimension is the second, a linear layer's the last."""
+    shape, classes = input.shape[:-1], len(linear_weight)
+    logits = F.linear(input, linear_weight, linear_bias).reshape(-1, classes)
+    target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
+    if options.get("sample_weight") is not None:
+        options["sample_weight"] = options["sample_weight"].reshape(-1)
+    loss = cross_entropy(logits, target, **options)
+    return loss if loss.dim() == 0 else loss.reshape(shape)
+
+
+def example(device, dtype=torch.float32, rows=(13,), features=6, classes=70, bias=True):
+    """Hidden states, classifier, bias and targets, two of which are ignored."""
+    x = torch.randn(*rows, features).to(device, dtype)
+    w = (2 * torch.randn(classes, features)).to(device, dtype)
+    b = torch.randn(classes).to(device, dtype) if bias else None
+    target = torch.randint(classes, rows, device=device)
+    if target.numel() > 4:
+        target.view(-1)[1::7] = -100
+    return x, w, b, target
+
+
+def upstream_of(loss):
+    return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
+
+
+def results(function, x, w, b, target, upstream=None, **options):
+    """The loss, and the gradients of hidden states, classifier and bias, with an uneven upstream gradient."""
+    leaves = [t.detach().requires_grad_() for t in (x, w, b) if t is not None]
+    bias = leaves[2] if b is not None else None
+    loss = function(leaves[0], leaves[1], target, linear_bias=bias, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream_of(loss) if upstream is None else upstream)]
+
+
+def widened(value):
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def error(actual, truth):
+    assert actual.shape == truth.shape
+    if not truth.numel():
+        return 0.0
+    wrong = actual.double().nan_to_num(0, 0, 0) - truth.nan_to_num(0, 0, 0)
+    assert torch.equal(actual.isnan(), truth.isnan()) and torch.equal(actual.isinf(), truth.isinf())
+    return wrong.abs().max().item() / max(truth.nan_to_num(0, 0, 0).abs().max().item(), 1e-30)
+
+
+def assert_as_two_steps(x, w, b, target, roundings=ROUNDINGS, **options):
+    """The loss and all gradients."""
+    actual = results(linear_cross_entropy, x, w, b, target, **options)
+    eager = results(two_steps, x, w, b, target, **options)
+    wide = {name: widened(value) for name, value in options.items()}
+    truth = results(two_steps, *map(widened, (x, w, b, target)), **wide)
+    eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    for name, ours, theirs, true in zip(("loss", "input", "weight", "bias"), actual, eager, truth, strict=False):
+        assert ours.dtype == theirs.dtype
+        got, allowed = error(ours, true), error(theirs, true) + roundings * eps
+        if name == "input" and x.dtype in HALF:
+            allowed += torch.finfo(x.dtype).eps / 2
+        assert got <= allowed, f"{name}: {got:.3g}, the two steps have {allowed:.3g}"
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- Equal to the two steps ------------------------------------------------------------------
+
+
+@option_sets
+@by_reduction
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("factors", [False, True], ids=["", "factors"])
+@by_dtype
+def test_loss_and_gradients_are_those_of_the_two_steps(dtype, factors, probabilities, reduction, options, device):
+    x, w, b, target = example(device, dtype)
+    if "normalizer" in options and reduction != "mean":
+        options = {}
+    if probabilities:
+        target = (3 * torch.randn(13, 70)).softmax(1).to(device, dtype)
+    if factors:
+        weight, alpha = (torch.rand(2, 70) + 0.5).to(device, dtype)
+        options = {"weight": weight, "alpha": alpha, "sample_weight": (torch.rand(13) + 0.5).to(device)} | options
+    for chunk_size in (4, None):
+        assert_as_two_steps(x, w, b, target, reduction=reduction, chunk_size=chunk_size, **options)
+
+
+@st.composite
+def calls(draw, device):
+    """Any combination of options, shapes and layouts; half precision is above, in samples that luck cannot decide."""
+    seed = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    rows = draw(st.sampled_from([(), (1,), (7,), (2, 5), (2, 1, 3), (0,), (3, 0)]))
+    features, classes = draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 65, 130]))
+
+    def rand(*shape):
+        return torch.rand(shape, generator=seed, dtype=torch.float64)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=seed, dtype=torch.float64).to(device, dtype)
+
+    x, w = normal(*rows, features), normal(classes, features)
+    layout = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]))
+    if layout == "transposed":
+        x = x.movedim(-1, 0).contiguous().movedim(0, -1)
+        w = w.t().contiguous().t()
+    elif layout == "sliced":
+        x, w = x.repeat_interleave(2, -1)[..., ::2], w.repeat_interleave(2, -1)[..., ::2]
+    elif layout == "expanded":
+        x = x[:1].expand(x.shape) if rows else x
+    options = {
+        "gamma": draw(st.sampled_from([0.0, 0.5, 2.0])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+        "z_loss": draw(st.sampled_from([0.0, 1e-2])),
+        "logit_scale": draw(st.sampled_from([1.0, -1.5])),
+        "softcap": draw(st.sampled_from([None, 15.0])),
+        "reduction": draw(st.sampled_from(["none", "sum", "mean"])),
+        "empty": draw(st.sampled_from(["nan", "zero"])),
+        "chunk_size": draw(st.sampled_from([None, 1, 3, 100])),
+        "weight": (rand(classes) + 0.5).to(device, dtype) if draw(st.booleans()) else None,
+        "alpha": draw(st.sampled_from([None, 0.25, (2 * rand(classes)).to(device, dtype)])),
+    }
+    if draw(st.booleans()):
+        options["sample_weight"] = torch.where(rand(*rows) < 0.3, 0.0, rand(*rows) + 0.5).to(device, torch.float32)
+    if draw(st.booleans()):
+        target = rand(*rows, classes).softmax(-1).to(device, dtype)
+    else:
+        options["ignore_index"] = draw(st.sampled_from([-100, 0]))
+        ignored = rand(*rows) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+        target = torch.where(ignored, options["ignore_index"], (rand(*rows) * classes).long())
+        target = target.to(device, draw(st.sampled_from([torch.int64, torch.int32, torch.int16])))
+    return x, w, normal(classes) if draw(st.booleans()) else None, target, options
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_any_options_shapes_and_layouts_give_the_two_steps(data, device):
+    x, w, b, target, options = data.draw(calls(device))
+    assert_as_two_steps(x, w, b, target, **options)
+
+
+@pytest.mark.parametrize("rows, chunk_size", [(13, 5), (13, 13), (13, 1), (13, 100), (12, 4), (1, 3)])
+@by_reduction
+def test_rows_need_not_be_a_multiple_of_the_chunk(rows, chunk_size, reduction, device):
+    x, w, b, target = example(device, rows=(rows,))
+    assert_as_two_steps(x, w, b, target, reduction=reduction, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64], ids=str
+)
+def test_any_integer_dtype_of_targets(dtype, device):
+    x, w, b, target = example(device)
+    target = torch.where(target < 0, 7, target)
+    expected = results(linear_cross_entropy, x, w, b, target, ignore_index=7, chunk_size=4)
+    actual = results(linear_cross_entropy, x, w, b, target.to(dtype), ignore_index=7, chunk_size=4)
+    for a, e in zip(actual, expected, strict=True):
+        same(a, e)
+
+
+@by_dtype
+def test_default_chunks_of_many_rows_and_long_rows(dtype, kernel, device):
+    rows, classes = (1500, 30000) if kernel == "native" else (40, 300)
+    x, w, b, target = example(device, dtype, rows=(rows,), features=24, classes=classes)
+    assert_as_two_steps(x, w, b, target, label_smoothing=0.1)
+
+
+@by_dtype
+def test_gradients_of_parameters_are_added_up_in_fp32(dtype, device):
+    """Each chunk adds the same to the gradient: in bf16 a sum of more than 256 of them stays where it is."""
+    x, w, b, _ = example(device, dtype, rows=(1, 3))
+    x, target = x[:, 0].repeat(700, 1), torch.zeros(700, dtype=torch.long, device=device)
+    options = {"chunk_size": 2, "roundings": 350, "upstream": None}  # one rounding, always the same, for each addition
+    assert_as_two_steps(x, w, b, target, reduction="sum", **options)
+    options["upstream"] = torch.ones(700, device=device)
+    assert_as_two_steps(x, w, b, target, reduction="none", **options)
+
+
+def test_a_loss_scale_protects_small_fp16_gradients(device):
+    """p / rows of the mean is 0 in fp16, but not 65536 times that."""
+    x, w, b, _ = example(device, torch.float16, rows=(4096,), features=2, classes=300)
+    w, target = 0.01 * w, torch.zeros(4096, dtype=torch.long, device=device)
+    assert_as_two_steps(x, w, b, target, upstream=torch.tensor(65536.0, device=device), chunk_size=512)
+
+
+# ---- Special rows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("special", ["ignored", "weight 0"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+@by_reduction
+def test_nothing_of_an_ignored_row_reaches_loss_or_gradients(reduction, bad, special, device):
+    """Attention over nothing but padding gives NaN; 0 * NaN would poison the whole gradient of the classifier."""
+    x, w, b, target = example(device)
+    sample_weight = torch.rand(13, device=device) + 0.5
+    row = 3
+    if special == "ignored":
+        target[row] = -100
+    else:
+        sample_weight[row] = 0
+    options = {"reduction": reduction, "sample_weight": sample_weight, "chunk_size": 4, "z_loss": 0.1}
+    expected = results(linear_cross_entropy, x, w, b, target, **options)
+    poisoned = x.clone()
+    poisoned[row] = bad
+    actual = results(linear_cross_entropy, poisoned, w, b, target, **options)
+    assert all(t.isfinite().all() for t in actual) and not actual[1][row].any()
+    for a, e in zip(actual, expected, strict=True):
+        same(a, e)
+
+
+@by_reduction
+@pytest.mark.parametrize("empty", ["nan", "zero"])
+@pytest.mark.parametrize("rows", [0, 13])
+def test_no_rows_and_all_rows_ignored(rows, empty, reduction, device):
+    x, w, b, _ = example(device, rows=(rows,))
+    target = torch.full((rows,), -100, device=device)
+    options = {"reduction": reduction, "empty": empty}
+    loss, *gradients = results(linear_cross_entropy, x, w, b, target, **options)
+    same(loss, two_steps(x, w, target, linear_bias=b, **options))
+    assert [g.shape for g in gradients] == [t.shape for t in (x, w, b)]
+    assert not any(g.any() for g in gradients)
+
+
+def test_weights_that_cancel_have_no_mean_and_no_gradient(device):
+    x, w, b, target = example(device, rows=(4,))
+    sample_weight = torch.tensor([1.0, -1.0, 2.0, -2.0], device=device)
+    loss, *gradients = results(linear_cross_entropy, x, w, b, target, sample_weight=sample_weight, empty="zero")
+    assert loss == 0 and not any(g.any() for g in gradients)
+
+
+def test_a_class_out_of_range(device):
+    x, w, b, target = example(device)
+    target[5] = 70
+    if torch.device(device).type == "cpu":
+        with pytest.raises(IndexError, match="70"):
+            linear_cross_entropy(x, w, target)
+        return
+    loss, *gradients = results(linear_cross_entropy, x, w, b, target, reduction="none")
+    assert loss.isnan().nonzero().flatten().tolist() == [5]
+    assert all(g.isfinite().all() for g in gradients) and not gradients[0][5].any()
+
+
+# ---- Autograd --------------------------------------------------------------------------------
+
+
+def small(device, **options):
+    x, w, b, target = example(device, torch.float64, rows=(5,), features=3, classes=4)
+    target[2] = -100
+
+    def loss(x, w, b):
+        return linear_cross_entropy(x, w, target, linear_bias=b, chunk_size=2, **options)
+
+    return loss, [t.requires_grad_() for t in (x, w, b)]
+
+
+@option_sets
+@by_reduction
+def test_first_and_second_derivatives_match_finite_differences(reduction, options, device):
+    if "normalizer" in options and reduction != "mean":
+        options = {}
+    loss, leaves = small(device, reduction=reduction, **options)
+    assert gradcheck(loss, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(loss, leaves)
+
+
+@by_reduction
+def test_derivatives_of_a_tied_embedding(reduction, device):
+    """The same tensor made the hidden states: its second derivative has no term twice."""
+    _, (_, w, _) = small(device)
+    target = torch.tensor([0, 3, -100, 2], device=device)
+    ids = torch.tensor([1, 1, 2, 0], device=device)
+
+    def tied(w):
+        return linear_cross_entropy(w[ids].tanh(), w, target, chunk_size=3, reduction=reduction)
+
+    def itself(w):
+        return linear_cross_entropy(w, w, target, chunk_size=3, reduction=reduction)
+
+    for function in tied, itself:
+        assert gradcheck(function, w)
+        assert gradgradcheck(function, w)
+
+
+def test_a_tied_embedding_trains_as_with_the_two_steps(device):
+    losses = []
+    for function in linear_cross_entropy, two_steps:
+        torch.manual_seed(0)
+        embedding = nn.Embedding(50, 8).to(device)
+        optimizer = torch.optim.SGD(embedding.parameters(), lr=0.5)
+        ids = torch.randint(50, (4, 9), device=device)
+        of_this = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = function(embedding(ids[:, :-1]), embedding.weight, ids[:, 1:], chunk_size=5)
+            loss.backward()
+            optimizer.step()
+            of_this.append(loss.detach())
+        losses.append(torch.stack(of_this))
+    torch.testing.assert_close(*losses)
+    assert losses[0][-1] < losses[0][0]
+
+
+@by_reduction
+@by_dtype
+def test_retained_graph_gives_the_same_gradients_again(dtype, reduction, device):
+    x, w, b, target = example(device, dtype)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, chunk_size=4)
+    upstream = upstream_of(loss)
+    once = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    kept = [g.clone() for g in once]
+    twice = torch.autograd.grad(loss, leaves, 3 * upstream, retain_graph=True)
+    last = torch.autograd.grad(loss, leaves, upstream)
+    for a, c, d, k in zip(once, twice, last, kept, strict=True):
+        same(a, k)
+        same(d, k)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert error(c, 3 * k.double()) <= 2 * torch.finfo(dtype).eps + ROUNDINGS * torch.finfo(wide).eps
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves, upstream)
+
+
+def test_backward_twice_accumulates(device):
+    x, w, b, target = example(device)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    loss = linear_cross_entropy(x, w, target, linear_bias=b)
+    loss.backward(retain_graph=True)
+    once = [t.grad.clone() for t in leaves]
+    loss.backward()
+    for t, g in zip(leaves, once, strict=True):
+        same(t.grad, 2 * g)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "sliced", "negative"])
+def test_upstream_gradients_of_any_layout_and_sign(layout, device):
+    x, w, b, target = example(device)
+    upstream = {
+        "expanded": torch.tensor(0.7, device=device).expand(13),
+        "sliced": torch.rand(26, device=device)[::2],
+        "negative": -torch.rand(13, device=device),
+    }[layout]
+    assert_as_two_steps(x, w, b, target, reduction="none", upstream=upstream, chunk_size=4)
+
+
+def test_hooks_keep_what_they_were_given(device):
+    """The backward may use up a gradient that it saved; not where a hook holds it."""
+    x, w, _, target = example(device)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        loss = linear_cross_entropy(x, w.requires_grad_(), target)
+    before = [t.clone() for t in packed]
+    (7 * loss).backward()
+    for t, kept in zip(packed, before, strict=True):
+        same(t, kept)
+
+
+def test_gradients_are_not_shared_with_the_graph(device):
+    x, w, _, target = example(device)
+    loss = linear_cross_entropy(x.requires_grad_(), w.requires_grad_(), target)
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    expected = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    for g, e in zip(torch.autograd.grad(loss, (x, w)), expected, strict=True):
+        same(g, e)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+@by_reduction
+def test_a_frozen_parameter_costs_nothing(reduction, needs, device):
+    """Products of matrices: one for the logits, and one for each of the gradients of input and classifier."""
+    x, w, b, target = example(device, rows=(8,))
+    target.fill_(3)
+    full = results(linear_cross_entropy, x, w, b, target, reduction=reduction)
+    leaves = [t.requires_grad_(need) for t, need in zip((x, w, b), needs, strict=True)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, chunk_size=4)
+        if any(needs):
+            wanted = [t for t in leaves if t.requires_grad]
+            gradients = iter(torch.autograd.grad(loss, wanted, upstream_of(loss)))
+    assert loss.requires_grad == any(needs)
+    products = sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::addmm_"))
+    again = reduction == "none" and any(needs)
+    assert products == 2 * (1 + again + needs[0] + needs[1])
+    for need, gradient in zip(needs, full[1:], strict=True):
+        if need:
+            torch.testing.assert_close(next(gradients), gradient)
+
+
+def test_no_grad_and_detached_inputs_compute_no_gradient(device):
+    x, w, _, target = example(device)
+    w.requires_grad_()
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert not linear_cross_entropy(x, w, target, chunk_size=13).requires_grad
+    assert sum(e.count for e in profile.key_averages() if e.key == "aten::mm") == 1
+
+
+@pytest.mark.parametrize("name", ["target", "weight", "alpha", "sample_weight"])
+def test_gradients_of_the_other_tensors(name, device):
+    x, w, b, target = example(device, torch.float64)
+    others = {
+        "weight": torch.rand(70, dtype=torch.float64),
+        "alpha": torch.rand(70, dtype=torch.float64),
+        "sample_weight": torch.rand(13, dtype=torch.float64),
+        "target": torch.rand(13, 70, dtype=torch.float64).softmax(1),
+    }
+    if name != "target":
+        others["target"] = target
+    others = {k: v.to(device) for k, v in others.items()}
+    others[name].requires_grad_()
+    x.requires_grad_()
+    found = []
+    for function in linear_cross_entropy, two_steps:
+        loss = function(x, w, linear_bias=b, gamma=2.0, **others)
+        found.append(torch.autograd.grad(loss, (x, others[name])))
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@by_reduction
+def test_activation_checkpointing(reduction, use_reentrant, device):
+    x, w, b, target = example(device)
+    expected = results(linear_cross_entropy, x, w, b, target, reduction=reduction)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+
+    def loss_of(x, w, b):
+        return linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+
+    loss = checkpoint(loss_of, *leaves, use_reentrant=use_reentrant)
+    loss.backward(upstream_of(loss))
+    for a, e in zip([loss.detach(), *(t.grad for t in leaves)], expected, strict=True):
+        same(a, e)
+
+
+# ---- Transforms ------------------------------------------------------------------------------
+
+
+@by_reduction
+def test_func_transforms_and_forward_mode(reduction, device):
+    x, w, b, target = example(device)
+
+    def total(function, x, w, b):
+        loss = function(x, w, target, linear_bias=b, reduction=reduction, label_smoothing=0.1, chunk_size=4)
+        return (loss * upstream_of(loss)).sum()
+
+    def ours(*inputs):
+        return total(linear_cross_entropy, *inputs)
+
+    def theirs(*inputs):
+        return total(two_steps, *inputs)
+
+    argnums = (0, 1, 2)
+    expected = torch.func.grad(theirs, argnums)(x, w, b)
+    for a, e in zip(torch.func.grad(ours, argnums)(x, w, b), expected, strict=True):
+        torch.testing.assert_close(a, e)
+    batch = torch.stack([x, -x])
+    per_sample = torch.func.vmap(torch.func.grad(ours, argnums), (0, None, None))
+    for a, e in zip(per_sample(batch, w, b), torch.func.grad(theirs, argnums)(-x, w, b), strict=True):
+        torch.testing.assert_close(a[1], e)
+    tangents = tuple(torch.randn_like(t) for t in (x, w, b))
+    slope = sum((e * t).sum() for e, t in zip(expected, tangents, strict=True))
+    torch.testing.assert_close(torch.func.jvp(ours, (x, w, b), tangents)[1], slope)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, d) for t, d in zip((x, w, b), tangents, strict=True)]
+        torch.testing.assert_close(forward_ad.unpack_dual(ours(*duals)).tangent, slope)
+
+
+@by_reduction
+def test_batched_upstream_gradients(reduction, device):
+    x, w, b, target = example(device)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+    upstream = torch.randn(3, *loss.shape, device=device)
+    batched = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(loss, leaves, g, retain_graph=True) for g in upstream]
+    for a, each in zip(batched, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(each))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_as_one_graph_for_all_shapes(dtype, reduction, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=True)
+    for rows in (13, 21):
+        inputs = example(device, dtype, rows=(2, rows))
+        options = {"reduction": reduction, "label_smoothing": 0.1, "gamma": 2.0, "chunk_size": 8}
+        actual, expected = (results(f, *inputs, **options) for f in (compiled, linear_cross_entropy))
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+def test_compiled_with_a_frozen_classifier_and_autocast(device):
+    torch._dynamo.reset()
+    x, w, _, target = example(device)
+
+    def step(x, w, target):
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            return linear_cross_entropy(x, w, target, chunk_size=4)
+
+    found = []
+    for function in step, torch.compile(step, fullgraph=True):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, w, target)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@by_reduction
+def test_opcheck_of_forward_and_backward(reduction, device):
+    x, w, b, target = example(device)
+    options = (-100, {"none": 0, "mean": 1, "sum": 2}[reduction], 0.1, 2.0, 0.01, 0.0, 1.0, False, 4, torch.float32)
+    tensors = (target, torch.rand(70, device=device), None, None)
+    ahead = (reduction != "none",) * 3
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    ops = torch.ops.torchfast
+    torch.library.opcheck(ops.linear_cross_entropy.default, (*leaves, *tensors, *options, *ahead))
+    upstream = torch.rand(13, device=device)
+    constants = [t.detach() for t in leaves]
+    torch.library.opcheck(
+        ops.linear_cross_entropy_backward.default, (upstream, *constants, *tensors, *options, True, False, True)
+    )
+
+
+# ---- dtypes, autocast ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@by_reduction
+def test_autocast_is_as_good_as_that_of_the_two_steps(reduction, dtype, device):
+    """And better in the classifier's gradient, which is not rounded to half precision on its way to fp32."""
+    x, w, b, target = example(device, rows=(300,))
+    truth = results(two_steps, *map(widened, (x, w, b)), target, reduction=reduction)
+    with torch.autocast(torch.device(device).type, dtype=dtype):
+        actual, eager = (
+            results(f, x, w, b, target, reduction=reduction, chunk_size=64) for f in (linear_cross_entropy, two_steps)
+        )
+    for ours, theirs, true in zip(actual, eager, truth, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert error(ours, true) <= error(theirs, true) + torch.finfo(dtype).eps / 4
+
+
+def test_autocast_takes_mixed_dtypes_and_leaves_fp64(device):
+    x, w, b, target = example(device)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        loss, *gradients = results(linear_cross_entropy, x.bfloat16(), w, b.bfloat16(), target)
+        wide = linear_cross_entropy(x.double(), w.double(), target)
+    assert [t.dtype for t in gradients] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert (loss.dtype, wide.dtype) == (torch.float32, torch.float64)
+    same(wide, linear_cross_entropy(x.double(), w.double(), target))
+
+
+@by_dtype
+def test_loss_is_at_least_fp32_and_gradients_have_the_dtypes_of_their_tensors(dtype, device):
+    loss, *gradients = results(linear_cross_entropy, *example(device, dtype))
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert {g.dtype for g in gradients} == {dtype}
+
+
+# ---- Memory ----------------------------------------------------------------------------------
+
+
+def test_inputs_are_never_written_to(device):
+    x, w, b, target = example(device)
+    options = {"weight": torch.rand(70, device=device), "sample_weight": torch.rand(13, device=device)}
+    tensors = [x, w, b, target, *options.values()]
+    before = [(t.clone(), t._version) for t in tensors]
+    for reduction in ("none", "sum", "mean"):
+        results(linear_cross_entropy, x, w, b, target, reduction=reduction, chunk_size=4, **options)
+    for t, (copied, version) in zip(tensors, before, strict=True):
+        assert torch.equal(t, copied) and t._version == version
+
+
+@by_reduction
+def test_bitwise_deterministic_and_independent_of_what_memory_held_before(reduction, device):
+    x, w, b, target = example(device)
+    options = {"reduction": reduction, "chunk_size": 4}
+    expected = results(linear_cross_entropy, x, w, b, target, **options)
+    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN
+    try:
+        filled = results(linear_cross_entropy, x, w, b, target, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for actual in filled, results(linear_cross_entropy, x, w, b, target, **options):
+        for a, e in zip(actual, expected, strict=True):
+            same(a, e)
+
+
+def resident(field):
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def peak_of(function, x, w, target, **options):
+    """Extra resident bytes at the worst moment of a forward and backward, as the kernel (of Linux) counts them."""
+    for leaf in (x, w):
+        leaf.grad = None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    loss = function(x, w, target, **options)
+    (loss if loss.dim() == 0 else loss.sum()).backward()
+    return resident("VmHWM") - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
+@by_reduction
+def test_peak_memory_is_a_tenth_of_that_of_the_two_steps(reduction, kernel, device):
+    if kernel == "triton" or torch.device(device).type != "cpu":
+        pytest.skip("the resident memory of this process tells nothing about Triton's interpreter or a GPU")
+    rows, classes = 4096, 8192
+    x, w, _, target = example(device, rows=(rows,), features=16, classes=classes)
+    leaves = x.requires_grad_(), w.requires_grad_()
+    options = {"reduction": reduction, "chunk_size": 64}
+    peak_of(linear_cross_entropy, *leaves, target, **options)  # threads, and the libraries' own buffers
+    ours = peak_of(linear_cross_entropy, *leaves, target, **options)
+    theirs = peak_of(two_steps, *leaves, target, reduction=reduction)
+    assert theirs > 1.5 * rows * classes * 4  # the logits and their gradient
+    assert ours < 0.1 * theirs
+
+
+# ---- Validation ------------------------------------------------------------------------------
+
+X, W, T = torch.zeros(4, 2), torch.zeros(3, 2), torch.zeros(4, dtype=torch.long)
+BAD_CALLS = {
+    "input scalar": ((torch.tensor(1.0), W, T), {}, ValueError, ["input", "(..., D)", "scalar"]),
+    "input integer": ((X.long(), W, T), {}, TypeError, ["input", "int64", "float32"]),
+    "classifier vector": ((X, W[0], T), {}, ValueError, ["linear_weight's shape", "(2,)", "(V, 2)"]),
+    "classifier of several outputs": ((X, W[:, None], T), {}, ValueError, ["linear_weight's shape", "(3, 1, 2)"]),
+    "classifier features": ((X, W.t(), T), {}, ValueError, ["linear_weight's shape", "(2, 3)", "(V, 2)"]),
+    "no classes": ((X, W[:0], T), {}, ValueError, ["linear_weight's shape", "(0, 2)", "V > 0"]),
+    "classifier dtype": ((X, W.bfloat16(), T), {}, TypeError, ["linear_weight", "bfloat16", "float32", "autocast"]),
+    "classifier integer": ((X, W.long(), T), {}, TypeError, ["linear_weight", "int64"]),
+    "classifier device": ((X, W.to("meta"), T), {}, ValueError, ["linear_weight", "meta", "cpu"]),
+    "bias shape": ((X, W, T), {"linear_bias": torch.ones(2)}, ValueError, ["linear_bias's shape", "(2,)", "(3,)"]),
+    "bias dtype": ((X, W, T), {"linear_bias": torch.ones(3).double()}, TypeError, ["linear_bias", "float64"]),
+    "bias device": ((X, W, T), {"linear_bias": torch.ones(3, device="meta")}, ValueError, ["linear_bias", "meta"]),
+    "target rows": ((X, W, T[:3]), {}, ValueError, ["target", "(3,)", "(4,)", "logits of shape (4, 3)"]),
+    "target of the wrong rank": ((X.view(2, 2, 2), W, T), {}, ValueError, ["target", "(4,)", "(2, 2)"]),
+    "target bool": ((X, W, T.bool()), {}, TypeError, ["target", "bool", "integer"]),
+    "probabilities": ((X, W, torch.ones(4, 2)), {}, ValueError, ["target", "(4, 2)", "(4, 3)", "logits"]),
+    "target device": ((X, W, T.to("meta")), {}, ValueError, ["target", "meta", "cpu"]),
+    "chunk_size 0": ((X, W, T), {"chunk_size": 0}, ValueError, ["chunk_size", "0", "> 0"]),
+    "chunk_size float": ((X, W, T), {"chunk_size": 2.0}, ValueError, ["chunk_size", "2.0", "integer"]),
+    "gamma": ((X, W, T), {"gamma": -1.0}, ValueError, ["gamma", "-1.0", ">= 0"]),
+    "reduction": ((X, W, T), {"reduction": "avg"}, ValueError, ["reduction", "avg", "mean"]),
+    "empty": ((X, W, T), {"empty": "one"}, ValueError, ["empty", "one", "zero"]),
+    "smoothing": ((X, W, T), {"label_smoothing": 2.0}, ValueError, ["label_smoothing", "2.0", "[0, 1]"]),
+    "softcap": ((X, W, T), {"softcap": 0.0}, ValueError, ["softcap", "0.0"]),
+    "normalizer": ((X, W, T), {"normalizer": 2.0, "reduction": "sum"}, ValueError, ["normalizer", "sum"]),
+    "weight shape": ((X, W, T), {"weight": torch.ones(2)}, ValueError, ["weight's shape", "(2,)", "(3,)"]),
+    "alpha list": ((X, W, T), {"alpha": [0.25]}, TypeError, ["alpha", "list"]),
+    "sample_weight": ((X, W, T), {"sample_weight": torch.ones(3)}, ValueError, ["sample_weight", "(3,)", "(4,)"]),
+}
+
+
+@pytest.mark.parametrize("args, options, error, words", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_errors_name_the_argument_what_was_given_and_what_is_allowed(args, options, error, words):
+    with pytest.raises(error) as caught:
+        linear_cross_entropy(*args, **options)
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+
+
+# ---- The module ------------------------------------------------------------------------------
+
+
+def test_module_is_the_function(device):
+    x, _, _, target = example(device)
+    target.clamp_(min=0)
+    weight, alpha, s = (torch.rand(n, device=device) for n in (70, 70, 13))
+    options = {"gamma": 1.5, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 9.0, "logit_scale": 0.5}
+    options |= {"ignore_index": 3, "reduction": "sum", "chunk_size": 4}
+    module = LinearCrossEntropyLoss(6, 70, bias=True, weight=weight, alpha=alpha, device=device, **options)
+    given = (module.linear.weight, target)
+    expected = linear_cross_entropy(
+        x, *given, linear_bias=module.linear.bias, weight=weight, alpha=alpha, sample_weight=s, **options
+    )
+    same(module(x, target, sample_weight=s), expected)
+    plain = LinearCrossEntropyLoss(6, 70, device=device, empty="zero", alpha=0.5)
+    same(plain(x, target - target - 100), torch.zeros((), device=device))
+    expected = linear_cross_entropy(x, plain.linear.weight, target, normalizer=2.0, alpha=0.5)
+    same(plain(x, target, normalizer=2.0), expected)
+    assert "gamma=1.5" in repr(module) and "chunk_size=4" in repr(module)
+    same(copy.deepcopy(module)(x, target), module(x, target))
+
+
+def test_module_takes_the_state_of_torch_and_a_tied_embedding(device):
+    theirs = nn.LinearCrossEntropyLoss(6, 70, bias=True, weight=torch.rand(70))
+    ours = LinearCrossEntropyLoss(6, 70, bias=True, weight=torch.ones(70))
+    ours.load_state_dict(theirs.state_dict())
+    x, _, _, target = example("cpu")
+    torch.testing.assert_close(ours(x, target), theirs(x, target))
+    embedding = nn.Embedding(70, 6)
+    tied = LinearCrossEntropyLoss(6, 70)
+    tied.linear.weight = embedding.weight
+    tied(embedding(target.clamp(min=0)), target).backward()
+    assert embedding.weight.grad.any() and len(list(nn.ModuleList([tied, embedding]).parameters())) == 1
+
+
+def test_public_names_are_exported():
+    assert {"LinearCrossEntropyLoss", "linear_cross_entropy"} <= set(torchfast.__all__)
+
+
+# ---- torch's own cases -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def torch_cases():
+    """torch.testing._internal's module and op databases."""
+    if "expecttest" not in sys.modules:
+        try:
+            import expecttest  # noqa: F401
+        except ModuleNotFoundError:  # only the base class of torch's own test cases
+            stub = types.ModuleType("expecttest")
+            stub.TestCase, stub.ACCEPT = unittest.TestCase, False
+            sys.modules["expecttest"] = stub
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+
+    module = next((m for m in module_db if m.module_cls.__name__ == "LinearCrossEntropyLoss"), None)
+    ops = [o for o in op_db if o.name == "nn.functional.linear_cross_entropy"]
+    if module is None or not ops:
+        pytest.skip("this torch has no linear cross entropy")
+    return module, ops
+
+
+def assert_agrees_with_torch(x, w, target, linear_bias=None, **options):
+    """Against torch in fp64 on the same inputs, no worse than the two steps in their dtype."""
+    wide = {name: widened(value) for name, value in options.items()}
+    if wide.get("ignore_index", -100) is None:
+        wide.pop("ignore_index")
+
+    def theirs(x, w, target, linear_bias, **options):
+        return F.cross_entropy(F.linear(x, w, linear_bias), target, **options)
+
+    x, w, target, b = (t if t is None else t.detach() for t in (x, w, target, linear_bias))
+    ours = {k: v for k, v in options.items() if not (k == "ignore_index" and v is None)}
+    truth = results(theirs, *map(widened, (x, w, b, target)), **wide)
+    actual = results(linear_cross_entropy, x, w, b, target, chunk_size=2, **ours)
+    eager = results(two_steps, x, w, b, target, **ours)
+    eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    for a, e, true in zip(actual, eager, truth, strict=True):
+        assert error(a, true) <= error(e, true) + ROUNDINGS * eps
+
+
+@by_dtype
+def test_op_samples_of_torch(dtype, torch_cases, device):
+    """Of classifiers of one output a class: ours has no other."""
+    count = 0
+    for info in torch_cases[1]:
+        for sample in info.sample_inputs(device, dtype, requires_grad=True):
+            options = dict(sample.kwargs)
+            options.pop("options", None)
+            if sample.args[0].dim() == 2:
+                assert_agrees_with_torch(sample.input, *sample.args, **options)
+                count += 1
+    assert count > 50
+
+
+@by_dtype
+def test_module_inputs_of_torch(dtype, torch_cases, device):
+    info, _ = torch_cases
+    count = 0
+    for case in info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=True):
+        (features, classes), options = case.constructor_input.args, dict(case.constructor_input.kwargs)
+        if options.pop("out_features") or options.pop("options"):  # the same with torch's chunks
+            continue
+        for name in ("device", "dtype"):
+            options.pop(name)
+        w = torch.randn(classes, features, device=device, dtype=dtype)
+        b = torch.randn(classes, device=device, dtype=dtype) if options.pop("bias", False) else None
+        assert_agrees_with_torch(case.forward_input.args[0], w, case.forward_input.args[1], b, **options)
+        count += 1
+    assert count > 50
+
+
+def test_error_inputs_of_torch(torch_cases, device):
+    """torch raises RuntimeError for most of these, and takes rows in several dimensions for an error."""
+    count = 0
+    for case in torch_cases[1][0].error_inputs(device):
+        sample = case.sample_input
+        if sample.input.dim() > 2:
+            continue
+        with pytest.raises((ValueError, TypeError)):
+            linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+        count += 1
+    assert count >= 4
