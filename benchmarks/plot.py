@@ -71,7 +71,7 @@ def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str, f
     """A group of bars per case: time / that of the floor, logarithmic; the time itself at the end."""
     ticks, limit, low = [], 1.0, 1.0
     found = dict.fromkeys(name for rows in cases.values() for name in rows)
-    floor = next(name for name in FLOORS if name in found)
+    floor = next(name for name in FLOORS if all(name in rows for rows in cases.values()))
     drawn = [*(name for name in BARS if name in found), *(name for name in found if name not in COLORS | FLOORS)]
     drawn = [name for name in drawn if name not in ("copy_", floor)]
     height = 0.8 / len(drawn)
