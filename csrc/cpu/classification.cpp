@@ -51,8 +51,8 @@ struct LabelSums {
   int64_t wrong[kWrongs] = {};
 };
 
-constexpr int64_t kNanRow = -1;      // as a predicted class
-constexpr int64_t kBlock = 1 << 16;  // rows, whose predictions are in L2
+constexpr int64_t kNanRow = -1;   // as a predicted class
+constexpr int64_t kBlock = 1024;  // rows, whose predictions are in L1
 
 template <class T>
 T* mutable_data(Tensor& x) {
@@ -215,15 +215,11 @@ struct Scores {
   Positions positions;
 };
 
-// Fills `to` with the predictions of a block, shared out to threads.
+// Fills `to` with the predictions of rows begin .. begin + n - 1.
 void predict(const ClassArguments& a, const int64_t* y, int64_t begin, int64_t n, Predicted& to) {
-  int64_t grain = std::max<int64_t>(1, kGrainElements / a.classes);
   with_logits_type(a.preds, [&](auto t, auto r) {
-    Scores<decltype(t), decltype(r)> scores(a);
-    torch::stable::parallel_for(0, n, grain, [&](int64_t from, int64_t until) {
-      scores.predict(begin + from, until - from, y + from, to.classes.data() + from,
-                     to.rank.empty() ? nullptr : to.rank.data() + from);
-    });
+    Scores<decltype(t), decltype(r)>(a).predict(begin, n, y, to.classes.data(),
+                                                to.rank.empty() ? nullptr : to.rank.data());
   });
 }
 
@@ -335,6 +331,7 @@ void check_sizes(const Tensor& x, const Tensor& target, const Optional& weight, 
 
 // ---- Counts of classes --------------------------------------------------------------------------
 
+// Where a row with target y and prediction p is counted.
 template <class N>
 struct ClassSums {
   N* classes;  // [3, C]
@@ -342,8 +339,10 @@ struct ClassSums {
   N* hits;
   int64_t wrong[kWrongs] = {};
 
+  // count(y, p, w) adds w to classes and matrix.
+  template <class F>
   void add(const ClassArguments& a, const int64_t* y, const double* weight, const int64_t* predicted,
-           const int64_t* rank, bool ids, int64_t n) {
+           const int64_t* rank, bool ids, int64_t n, const F& count) {
     int64_t c = a.classes;
     for (int64_t i = 0; i < n; ++i) {
       double w = weight ? weight[i] : 1;
@@ -351,9 +350,7 @@ struct ClassSums {
       bool off = y[i] < 0 || y[i] >= c, outside = predicted[i] < 0 || predicted[i] >= c, weighable = w > 0;
       wrong[kTarget] += off, wrong[ids ? kIds : kNan] += outside, wrong[kWeight] += !weighable;
       if (off || outside || !weighable) continue;
-      classes[c + predicted[i]] += N(w), classes[2 * c + y[i]] += N(w);
-      if (predicted[i] == y[i]) classes[y[i]] += N(w);
-      if (matrix) matrix[y[i] * c + predicted[i]] += N(w);
+      count(y[i], predicted[i], N(w));
       for (size_t k = 0; k < a.ks.size() && !ids; ++k)
         if (rank[i] < a.ks[k]) hits[k] += N(w);
     }
@@ -361,23 +358,92 @@ struct ClassSums {
 };
 
 template <class N>
-void count_classes(const ClassArguments& a, bool ids, Tensor& classes, Tensor& matrix, Tensor& hits,
-                   Tensor& wrong) {
-  ClassSums<N> sums{mutable_data<N>(classes), matrix.numel() ? mutable_data<N>(matrix) : nullptr,
-                    mutable_data<N>(hits)};
+void add_to(N* classes, int64_t c, int64_t y, int64_t p, N w) {
+  classes[c + p] += w, classes[2 * c + y] += w;
+  if (p == y) classes[y] += w;
+}
+
+// f(first row, number of rows, their predictions) of rows begin .. end - 1, in blocks.
+template <class F>
+void for_each_block(const ClassArguments& a, bool ids, int64_t begin, int64_t end, const F& f) {
   const int64_t* y = baseline::data<int64_t>(a.target);
-  const double* weight = doubles(a.weight);
-  int64_t rows = a.target.numel();
-  int64_t block = std::min(kBlock, rows);
   Predicted to;
+  int64_t block = std::min(kBlock, end - begin);
   if (!ids) to.classes.resize(block), to.rank.resize(a.ks.empty() ? 0 : block);
-  for (int64_t begin = 0; begin < rows; begin += block) {
-    int64_t n = std::min(block, rows - begin);
-    if (!ids) TORCHFAST_DISPATCH(predict)(a, y + begin, begin, n, to);
-    const int64_t* predicted = ids ? baseline::data<int64_t>(a.preds) + begin : to.classes.data();
-    sums.add(a, y + begin, weight ? weight + begin : nullptr, predicted, to.rank.data(), ids, n);
+  for (int64_t at = begin; at < end; at += block) {
+    int64_t n = std::min(block, end - at);
+    if (!ids) TORCHFAST_DISPATCH(predict)(a, y + at, at, n, to);
+    f(at, n, ids ? baseline::data<int64_t>(a.preds) + at : to.classes.data(), to.rank.data());
   }
-  std::copy_n(sums.wrong, kWrongs, mutable_data<int64_t>(wrong));
+}
+
+// Each thread counts for itself. Few classes are counted in a matrix alone: one addition a row, and the rest
+// are its sums. A matrix of many is shared by the threads.
+void count_rows(const ClassArguments& a, bool ids, int64_t* classes, int64_t* matrix, int64_t* hits,
+                int64_t* wrong) {
+  constexpr int64_t kFew = 256;
+  int64_t rows = a.target.numel(), c = a.classes, threads = torch::stable::get_num_threads();
+  int64_t work = ids ? rows : rows * c, cells = c <= kFew ? c * c : 3 * c;
+  Parts parts{std::clamp<int64_t>(work / std::max(kGrainElements, cells), 1, threads)};
+  std::vector<std::vector<int64_t>> own(parts.count), own_hits(parts.count);
+  std::vector<ClassSums<int64_t>> sums(parts.count);
+  parts.for_each_range(rows, 1, [&](int64_t part, int64_t begin, int64_t end) {
+    own[part].resize(cells), own_hits[part].resize(a.ks.size());
+    int64_t* mine = own[part].data();
+    sums[part] = {mine, matrix, own_hits[part].data()};
+    for_each_block(a, ids, begin, end,
+                   [&](int64_t at, int64_t n, const int64_t* predicted, const int64_t* rank) {
+                     auto add = [&](const auto& count) {
+                       sums[part].add(a, baseline::data<int64_t>(a.target) + at, nullptr, predicted, rank,
+                                      ids, n, count);
+                     };
+                     if (c <= kFew) return add([=](int64_t y, int64_t p, int64_t) { ++mine[y * c + p]; });
+                     add([=](int64_t y, int64_t p, int64_t w) {
+                       add_to(mine, c, y, p, w);
+                       if (matrix) __atomic_fetch_add(matrix + y * c + p, w, __ATOMIC_RELAXED);
+                     });
+                   });
+  });
+  for (int64_t part = 0; part < parts.count; ++part) {
+    for (size_t k = 0; k < a.ks.size(); ++k) hits[k] += own_hits[part][k];
+    for (int i = 0; i < kWrongs; ++i) wrong[i] += sums[part].wrong[i];
+    const int64_t* of = own[part].data();
+    for (int64_t i = 0; i < cells; ++i) {
+      if (c > kFew) {
+        classes[i] += of[i];
+        continue;
+      }
+      add_to(classes, c, i / c, i % c, of[i]);
+      if (matrix) matrix[i] += of[i];
+    }
+  }
+}
+
+// Floats are added up in the order of the rows: blocks of predictions are made side by side, then counted.
+void count_weighted(const ClassArguments& a, bool ids, double* classes, double* matrix, double* hits,
+                    int64_t* wrong) {
+  constexpr int64_t kAtOnce = 1 << 18;
+  int64_t rows = a.target.numel(), c = a.classes, at_once = std::min(rows, kAtOnce);
+  int64_t grain = std::max<int64_t>(1, kGrainElements / (kBlock * c));
+  ClassSums<double> sums{classes, matrix, hits};
+  std::vector<int64_t> predicted(at_once), rank(ids || a.ks.empty() ? 0 : at_once);
+  for (int64_t begin = 0; begin < rows; begin += at_once) {
+    int64_t n = std::min(at_once, rows - begin);
+    torch::stable::parallel_for(0, (n + kBlock - 1) / kBlock, grain, [&](int64_t from, int64_t to) {
+      int64_t first = from * kBlock;
+      auto keep = [&](int64_t at, int64_t m, const int64_t* of_block, const int64_t* ranks) {
+        std::copy_n(of_block, m, predicted.data() + at - begin);
+        if (!rank.empty()) std::copy_n(ranks, m, rank.data() + at - begin);
+      };
+      for_each_block(a, ids, begin + first, begin + std::min(n, to * kBlock), keep);
+    });
+    sums.add(a, baseline::data<int64_t>(a.target) + begin, doubles(a.weight) + begin, predicted.data(),
+             rank.data(), ids, n, [=](int64_t y, int64_t p, double w) {
+               add_to(classes, c, y, p, w);
+               if (matrix) matrix[y * c + p] += w;
+             });
+  }
+  std::copy_n(sums.wrong, kWrongs, wrong);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> class_counts(Tensor preds, Tensor target, Optional weight,
@@ -403,11 +469,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_counts(Tensor preds, Tensor tar
   Tensor classes = torch::stable::new_zeros(preds, {3, num_classes}, dtype);
   Tensor matrix = torch::stable::new_zeros(preds, {side, side}, dtype);
   Tensor hits = torch::stable::new_zeros(preds, {int64_t(a.ks.size())}, dtype);
-  Tensor wrong = torch::stable::new_empty(preds, {kWrongs}, ScalarType::Long);
+  Tensor wrong = torch::stable::new_zeros(preds, {kWrongs}, ScalarType::Long);
+  auto run = [&](auto zero, const auto& count) {
+    using N = decltype(zero);
+    count(a, ids, mutable_data<N>(classes), with_matrix ? mutable_data<N>(matrix) : nullptr,
+          mutable_data<N>(hits), mutable_data<int64_t>(wrong));
+  };
   if (weight)
-    count_classes<double>(a, ids, classes, matrix, hits, wrong);
+    run(double{}, count_weighted);
   else
-    count_classes<int64_t>(a, ids, classes, matrix, hits, wrong);
+    run(int64_t{}, count_rows);
   return {classes, matrix, hits, wrong};
 }
 
