@@ -155,7 +155,7 @@ def bounds_of(options: Options, negatives: Tensor, positives: Tensor) -> dict[st
 
     ROC AUC: the pairs within a bin count half, and may count nothing or one. Average precision: a bin with T and F
     before it, P positives and N negatives has a precision of (T + P) / (T + F + P + N) for each of its positives;
-    their true ones are at most (T + P) / (T + F + P), and at least T / (T + F + N).
+    their true ones are at most (T + P) / (T + F + P), and at least T / (T + F + N), of counts that with T + 1 for T.
     """
     every = Areas(
         *[_bin_bounds(n, p) for n, p in ((negatives, positives), (negatives.sum(0)[None], positives.sum(0)[None]))]
@@ -171,7 +171,9 @@ def _bin_bounds(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     t, f = p.cumsum(1) - p, n.cumsum(1) - n
     roc = (p * n).sum(1) / 2 / total / others
     here = (t + p) / (t + f + p + n)
-    error = torch.maximum((t + p) / (t + f + p) - here, here - t / (t + f + n).clamp(min=torch.finfo(dtype).tiny))
+    first = 0 if positives.is_floating_point() else 1
+    least = (t + first) / (t + first + f + n).clamp(min=torch.finfo(dtype).tiny)
+    error = torch.maximum((t + p) / (t + f + p) - here, here - least)
     average_precision = torch.where(p > 0, p * error, 0.0).sum(1) / total
     return torch.stack([roc, average_precision]), torch.stack([total, others])
 

@@ -21,13 +21,14 @@ NANS = ("error", "propagate")
 
 # ---- Sums ------------------------------------------------------------------------------------
 
-#: Of each output: samples, their weight, weighted sums of |y - preds| and (y - preds)^2, the weighted mean of y, and
-#: the weighted sum of (y - mean)^2: from sum(y^2), a mean far from 0 would take all its digits.
-SAMPLES, WEIGHT, ABSOLUTE, SQUARED, MEAN, SCATTER = range(6)
+#: Of each output: samples, their weight, weighted sums of |y - preds| and (y - preds)^2, the weighted mean of y as a
+#: number and the rest that rounding it left, and the weighted sum of (y - mean)^2. From sum(y^2) a mean far from 0
+#: would take all digits; without the rest, batches with means near 1e6 would lose four.
+SAMPLES, WEIGHT, ABSOLUTE, SQUARED, MEAN, REST, SCATTER = range(7)
 
 
 def moments(preds: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """Of a batch ``[N, outputs]``: ``[6, outputs]``."""
+    """Of a batch ``[N, outputs]``: ``[7, outputs]``."""
     dtype = value_dtype(preds.device)
     preds, target = preds.to(dtype), target.to(dtype)
     if weight is None:
@@ -41,18 +42,21 @@ def moments(preds: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     mean = torch.where(total == 0, 0.0, (w * target).sum(0) / total)
     rows = (w.expand(preds.shape) != 0).sum(0).to(dtype)
     absolute, squared = (w * difference.abs()).sum(0), (w * difference.square()).sum(0)
-    return torch.stack([rows, total, absolute, squared, mean, (w * (target - mean).square()).sum(0)])
+    deviation = target - mean
+    rest = torch.where(total == 0, 0.0, (w * deviation).sum(0) / total)
+    return torch.stack([rows, total, absolute, squared, mean, rest, (w * (deviation - rest).square()).sum(0)])
 
 
 def merged(states: Tensor) -> Tensor:
-    """The moments of all batches from those of each, ``[batches, 6, outputs]`` (Chan, Golub & LeVeque 1979)."""
+    """The moments of all batches from those of each, ``[batches, 7, outputs]`` (Chan, Golub & LeVeque 1979)."""
     sums = states.sum(0)
-    weight, mean = states[:, WEIGHT], states[:, MEAN]
     total = sums[WEIGHT]
-    # A batch of all the weight keeps its mean to the last digit.
-    center = torch.where(total == 0, 0.0, (weight / total * mean).sum(0))
-    between = (weight * (mean - center).square()).sum(0)
-    return torch.stack([*sums[:MEAN], center, sums[SCATTER] + between])
+    share = torch.where(total == 0, 0.0, states[:, WEIGHT] / total)
+    mean = (share * states[:, MEAN]).sum(0)
+    deviation = states[:, MEAN] - mean + states[:, REST]
+    rest = (share * deviation).sum(0)
+    between = (states[:, WEIGHT] * (deviation - rest).square()).sum(0)
+    return torch.stack([*sums[:MEAN], mean, rest, sums[SCATTER] + between])
 
 
 # ---- Values ----------------------------------------------------------------------------------
@@ -118,7 +122,7 @@ def resolve(metrics: str | Sequence[str], *, multioutput: str = "uniform_average
 
 
 def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """The moments of what a caller gives, checked: ``[6, outputs]``."""
+    """The moments of what a caller gives, checked: ``[7, outputs]``."""
     for name, x in (("preds", preds), ("target", target)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")

@@ -16,7 +16,7 @@ from torchfast.metrics.regression.functional import batch_moments, merged, resol
 class RegressionMetrics(torchmetrics.Metric):
     """:func:`regression_metrics` over many batches: a :class:`torchmetrics.Metric`.
 
-    The state is six float64 numbers an output, whatever was seen: r2 is merged from means and scatters, not from sums
+    The state is seven float64 numbers an output, whatever was seen: r2 is merged from means and scatters, not from sums
     of squares, so that a target far from 0 keeps its digits. Processes may have had different numbers of batches.
 
     Args:
@@ -55,7 +55,7 @@ class RegressionMetrics(torchmetrics.Metric):
         # A MetricCollection lets metrics of the same state names and, after the first batch, the same values share
         # one state for ever: so the name tells what is in it.
         self._state = f"state_{self.options.digest}"
-        self.add_state(self._state, torch.zeros(6, num_outputs, dtype=torch.float64), dist_reduce_fx=merged)
+        self.add_state(self._state, torch.zeros(7, num_outputs, dtype=torch.float64), dist_reduce_fx=merged)
 
     def update(self, preds: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> None:
         """Adds a batch. The arguments are those of :func:`regression_metrics`."""
