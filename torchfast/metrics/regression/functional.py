@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torchfast.losses._common import check, check_device, check_factor, readable
+from torchfast._register import Sample, register_metric
+from torchfast.losses._common import LOGITS_DTYPES, check, check_device, check_factor, readable
 from torchfast.metrics.ranking.reference import value_dtype
 
 KINDS = ("mae", "mse", "rmse", "r2")
@@ -27,8 +28,8 @@ NANS = ("error", "propagate")
 SAMPLES, WEIGHT, ABSOLUTE, SQUARED, MEAN, REST, SCATTER = range(7)
 
 
-def moments(preds: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """Of a batch ``[N, outputs]``: ``[7, outputs]``."""
+def reference(preds: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of a batch ``[N, outputs]``: the first four ``[4, outputs]``, and the others."""
     dtype = value_dtype(preds.device)
     preds, target = preds.to(dtype), target.to(dtype)
     if weight is None:
@@ -44,7 +45,13 @@ def moments(preds: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     absolute, squared = (w * difference.abs()).sum(0), (w * difference.square()).sum(0)
     deviation = target - mean
     rest = torch.where(total == 0, 0.0, (w * deviation).sum(0) / total)
-    return torch.stack([rows, total, absolute, squared, mean, rest, (w * (deviation - rest).square()).sum(0)])
+    scatter = (w * (deviation - rest).square()).sum(0)
+    return torch.stack([rows, total, absolute, squared]), torch.stack([mean, rest, scatter])
+
+
+def fake(preds: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    sums, spread = (preds.new_empty((rows, preds.shape[1]), dtype=value_dtype(preds.device)) for rows in (4, 3))
+    return sums, spread
 
 
 def merged(states: Tensor) -> Tensor:
@@ -111,9 +118,9 @@ def resolve(metrics: str | Sequence[str], *, multioutput: str = "uniform_average
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"metrics must be strings such as 'rmse', got {name!r}")
-        close = difflib.get_close_matches(name.strip().lower(), KINDS, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
         if name not in KINDS:
+            close = difflib.get_close_matches(name.strip().lower(), KINDS, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"metrics must be of 'mae', 'mse', 'rmse' or 'r2', got {name!r}{hint}")
     allowed = "'uniform_average', 'raw_values' or 'variance_weighted'"
     check("multioutput", multioutput in MULTIOUTPUTS, multioutput, allowed)
@@ -142,7 +149,8 @@ def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight
         sample_weight = sample_weight.detach()
     if preds.dim() == 1:
         preds, target = preds[:, None], target[:, None]
-    state = moments(preds, target, sample_weight)
+    floats = (x if x.dtype in LOGITS_DTYPES else x.to(value_dtype(x.device)) for x in (preds, target))
+    state = torch.cat(_moments(*floats, sample_weight))
     if readable(state) and state.isnan().any():
         _refuse(options, preds, target, sample_weight)
     return state
@@ -264,3 +272,33 @@ def r2_score(preds: Tensor, target: Tensor, **options: Any) -> Tensor:
         0.5
     """
     return _one(preds, target, "r2", options)
+
+
+# ---- Sample inputs: what the generic tests and selftest run ----------------------------------
+
+
+def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, large: bool = False) -> Iterator[Sample]:
+    """With and without weights and outputs; with ``large`` also more than a kernel takes at once."""
+    g = torch.Generator(device="cpu").manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return (torch.randint(9, shape, generator=g) / 4).to(device, dtype)
+
+    def weights(n: int) -> Tensor:
+        return (torch.randint(4, (n,), generator=g) / 4).to(device)
+
+    for n in (1, 40, *((70_000,) if large else ())):
+        yield Sample((values(n), values(n), KINDS), {})
+        yield Sample((values(n, 3), values(n, 3), KINDS), {"sample_weight": weights(n) + (n == 1)})
+
+
+# ---- Registration: csrc/cpu/regression.cpp serves the CPU --------------------------------------
+
+_moments = register_metric(
+    "regression_moments",
+    "(Tensor preds, Tensor target, Tensor? weight) -> (Tensor sums, Tensor spread)",
+    reference=reference,
+    fake=fake,
+    function=regression_metrics,
+    sample_inputs=sample_inputs,
+)
