@@ -110,7 +110,8 @@ def family_picture(rows: list[Row], family: str) -> Figure:
     for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
         bars(axes, cases, dtype)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
-    what = "NDCG@10, MRR and MAP" if family.startswith("ranking") else "loss + gradient"
+    metrics = {"ranking": "NDCG@10, MRR and MAP", "classification": "metrics"}
+    what = metrics.get(family.partition(" ")[0], "loss + gradient")
     figure.suptitle(f"{family}: {what}", x=0.01, ha="left", fontsize=11)
     return figure
 

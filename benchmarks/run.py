@@ -11,7 +11,8 @@ contenders take turns (A B C A B C ...), so that a noisy neighbour slows all of 
 the median. Inputs larger than the L2 caches are read from memory anyway, smaller ones are rotated.
 Freeing memory is outside the clock, for the floors as for everyone; allocating it is inside.
 Only ratios within one run mean anything. Every row is appended to a CSV; ``plot.py`` draws it.
-The cases are in ``cases.py`` and ``ranking.py``. A metric has no gradient: both its times are of the call.
+The cases are in ``cases.py``, ``ranking.py`` and ``classification.py``. A metric has no gradient: both its times are
+of the call.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from cases import (
     private,
     timings,
 )
+from classification import classification_cases
 from ranking import ranking_cases
 from rich.console import Console
 from rich.table import Table
@@ -332,8 +334,8 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
             ratios = Aims(*(peer and peer / ours for peer in peers), ours / clone, read and ours / read)
             others += [
                 f"{case.label}: {name} {t:.4g} ms, {t / ours:.3g} times ours"
-                for name in case.contenders
-                if name not in CONTENDERS and (t := median(rows, name))
+                for name in (*case.contenders, "sort", "argmax")
+                if name not in CONTENDERS and (t := median(rows, name, timings(name)[-1]))
             ]
         if ours and case.family == "scaling":
             curve.append((math.prod(case.shape), ours))
@@ -398,7 +400,7 @@ def main() -> None:
     args = parse()
     chosen = [
         c
-        for c in (gpu_cases() if args.device == "cuda" else (*cases(), *ranking_cases()))
+        for c in (gpu_cases() if args.device == "cuda" else (*cases(), *ranking_cases(), *classification_cases()))
         if re.search(args.only, c.label)
     ]
     if args.quick:
