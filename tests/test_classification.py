@@ -13,8 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 
 import torchfast
+from torchfast._register import metrics as registry
 from torchfast.metrics import classification, classification_metrics, ranking
 
 pytestmark = [
@@ -576,3 +578,31 @@ def test_compiles_whole(task, device):
     found, expected = torch.compile(function, fullgraph=True)(x, y), function(x, y)
     for name in names:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-14, atol=0)
+
+
+# ---- GPUs are not made to wait ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["class_counts", "label_counts", "ranked_areas", "regression_moments"])
+def test_no_value_is_read_on_the_host(op):
+    """Tensors of the meta device have none to read."""
+    metric = registry[op]
+    for sample in metric.sample_inputs("cpu"):
+        expected = metric.function(*sample.args, **sample.kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (sample.args, sample.kwargs))
+        found = metric.function(*args, **kwargs)
+        for name, value in expected.items():
+            assert (found[name].device.type, found[name].shape, found[name].dtype) == ("meta", value.shape, value.dtype)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+@pytest.mark.parametrize("bins", [None, 10])
+def test_the_class_reads_no_value_on_the_host(task, bins):
+    x = {"binary": torch.rand(20), "multiclass": torch.rand(20, 3).softmax(1), "multilabel": torch.rand(20, 3)}[task]
+    y = torch.zeros(20 if task != "multilabel" else (20, 3), dtype=torch.long)
+    options = {} if task == "binary" else {"num_classes": 3, "task": task}
+    metric = metrics.ClassificationMetrics(["accuracy", "f1@macro", *AREAS], bins=bins, ignore_index=-1, **options)
+    metric = metric.to("meta")
+    for _ in range(2):
+        metric.update(x.to("meta"), y.to("meta"))
+    assert all(v.device.type == "meta" for v in metric.compute().values())
