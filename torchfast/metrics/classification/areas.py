@@ -59,6 +59,8 @@ def membership(
 
 
 def reference(scores: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    # Contiguous, because strides decide in which order torch adds up.
+    scores, labels = scores.contiguous(), labels.contiguous()
     positive, valid, wrong = membership(scores, labels, weight, ignore_index)
     w = valid.long() if weight is None else torch.where(valid, weight.to(value_dtype(scores.device)), 0.0)
     # What does not count may lie anywhere, as it is worth nothing.

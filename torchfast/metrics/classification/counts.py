@@ -102,7 +102,8 @@ def label_reference(
     threshold: float,
     probabilities: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = target.long()
+    # Contiguous, because strides decide in which order torch adds up.
+    preds, y = preds.contiguous(), target.long().contiguous()
     valid = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
     if weight is not None:
         weight = weight[:, None]

@@ -31,7 +31,8 @@ SAMPLES, WEIGHT, ABSOLUTE, SQUARED, MEAN, REST, SCATTER = range(7)
 def reference(preds: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of a batch ``[N, outputs]``: the first four ``[4, outputs]``, and the others."""
     dtype = value_dtype(preds.device)
-    preds, target = preds.to(dtype), target.to(dtype)
+    # Contiguous, because strides decide in which order torch adds up.
+    preds, target = preds.to(dtype).contiguous(), target.to(dtype).contiguous()
     if weight is None:
         w = preds.new_ones(()).expand(len(preds), 1)
     else:
