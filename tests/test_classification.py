@@ -365,6 +365,64 @@ def test_the_first_of_tied_classes_is_predicted(device):
             assert found.nonzero().tolist() == [[second, first]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_largest_is_found_in_every_place_of_a_row(dtype, device):
+    for c in (*range(2, 70), 100, 257):
+        x = -torch.rand(c, c, device=device).to(dtype) - 1 + 2 * torch.eye(c, device=device, dtype=dtype)
+        y = torch.arange(c, device=device)
+        for scores in x, x.t().contiguous().t():
+            assert metrics.accuracy(scores, y) == 1
+            assert torch.equal(metrics.confusion_matrix(scores, y), torch.eye(c, dtype=torch.long, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_threshold_between_two_numbers_is_not_rounded_to_one(dtype, device):
+    for threshold in 0.1, 0.2, 0.3, 0.6, 0.7, 0.5:
+        x = torch.tensor(threshold, dtype=dtype, device=device)
+        x = torch.stack([x.nextafter(x * 0), x, x.nextafter(x * 0 + 1)])
+        found = metrics.confusion_matrix(x, x > 0, threshold=threshold)
+        assert found[1, 1] == (x.double() > threshold).sum()
+
+
+def test_mistakes_are_counted_as_by_the_reference(device):
+    """Alone and beside others, by every op and in every layout."""
+    n, nan = 90, math.nan
+    y = torch.randint(3, (n,), device=device)
+    x = torch.randn(n, 3, device=device)
+    y[:9] = torch.tensor([3, -1, 2**40, 0, 1, 2, -100, -100, 5])
+    x[[2, 4, 6, 20, 89]] = nan
+    x[40, 1] = nan
+    weight = torch.ones(n, device=device)
+    weight[[5, 7, 8, 30, 31, 40]] = torch.tensor([-1.0, -1.0, nan, nan, 0.0, 0.0], device=device)
+    wide = torch.randn(n, 50, device=device)
+    wide[[3, 40]], wide[50, 49], wide[51, 0] = nan, nan, nan
+    maps = x.view(2, 45, 3).movedim(-1, 1).contiguous()
+    labels, two, ids = y.remainder(4)[:, None], x.sigmoid()[:, :1], (y * (y < 9) + 1)[:, None]
+    two[10:12] = torch.tensor([[1.5], [-0.5]])
+    many = y.remainder(4).view(30, 3)
+    calls = [
+        ("class_counts", (s, t, w, s.shape[1], -100, [1, 2], True))
+        for w in (None, weight)
+        for s, t in ((x, y), (wide, y), (x.t().contiguous().t(), y))
+    ]
+    calls += [("class_counts", (maps, y.view(2, 45), w, 3, -100, [2], False)) for w in (None, weight.view(2, 45))]
+    calls += [("class_counts", (y + 1, y, w, 3, -100, [], True)) for w in (None, weight)]
+    calls += [
+        ("label_counts", (s, labels, w, 2, 0.5, p)) for w in (None, weight) for s in (two, ids) for p in (False, True)
+    ]
+    calls += [("label_counts", (x.view(30, 9)[:, :3], many, w, None, 0.5, True)) for w in (None, weight[:30])]
+    calls += [
+        ("ranked_areas", (s.t(), t, w, i))
+        for w in (None, weight)
+        for i in (None, -100)
+        for s, t in ((x, y), (two, labels.t()))
+    ]
+    for name, inputs in calls:
+        found, expected = registry[name](*inputs), registry[name].reference(*inputs)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=0, equal_nan=True)
+
+
 def test_infinite_scores_are_scores(device):
     inf = math.inf
     x = torch.tensor([[-inf, -inf, -inf], [0.0, inf, inf], [-inf, 0.0, -inf]], device=device)

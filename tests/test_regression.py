@@ -95,10 +95,11 @@ def test_constant_targets(device):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_targets_far_from_zero_keep_their_digits(weighted, device):
+@pytest.mark.parametrize("far", [1e8, 1e14])
+def test_targets_far_from_zero_keep_their_digits(weighted, far, device):
     """Against exact fractions: at once, and merged of batches."""
     g = torch.Generator().manual_seed(0)
-    y = 1e8 + torch.randn(60, 1, generator=g, dtype=torch.float64)
+    y = far + torch.randn(60, 1, generator=g, dtype=torch.float64)
     preds = y + torch.randn(60, 1, generator=g, dtype=torch.float64)
     weight = torch.randint(4, (60,), generator=g).double() / 4 if weighted else torch.ones(60, dtype=torch.float64)
     exact = [[Fraction(v) for v in x.flatten().tolist()] for x in (y, preds, weight)]
