@@ -23,13 +23,14 @@ demo: setup
 	$(BIN)/python examples/train_digits.py
 	$(BIN)/python examples/retrieve_digits.py
 
-LOSSES := tests/test_cross_entropy.py tests/test_sigmoid_focal_loss.py
+BY_ISA := tests/test_cross_entropy.py tests/test_sigmoid_focal_loss.py tests/test_metric_ops.py \
+	tests/test_classification.py tests/test_regression.py
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test: setup lint types
 	$(PYTEST)
-	TORCHFAST_ISA=avx2 $(PYTEST) $(LOSSES)
-	TORCHFAST_ISA=baseline $(PYTEST) $(LOSSES)
+	TORCHFAST_ISA=avx2 $(PYTEST) $(BY_ISA)
+	TORCHFAST_ISA=baseline $(PYTEST) $(BY_ISA)
 	$(PYTEST) --kernel reference --deselect tests/test_install.py
 	$(BIN)/python tests/cuda_emulator -q -n auto tests/test_ranking.py tests/test_metric_ops.py
 	$(BIN)/python -m pytest -q -n auto --kernel triton --deselect tests/test_install.py

@@ -121,7 +121,8 @@ def family_picture(rows: list[Row], family: str) -> Figure:
     for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
         bars(axes, cases, dtype, FLOORS | {"clone": "classifier.clone()"} if family == "linear" else FLOORS)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
-    what = "NDCG@10, MRR, MAP" if family.startswith("ranking") else "loss + gradient"
+    metrics = {"ranking": "NDCG@10, MRR, MAP", "classification": "metrics"}
+    what = metrics.get(family.partition(" ")[0], "loss + gradient")
     figure.suptitle(f"{family}: {what}", x=0.01, ha="left", fontsize=11)
     return figure
 

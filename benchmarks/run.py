@@ -12,8 +12,8 @@ contenders take turns (A B C A B C ...), so that a noisy neighbour slows all of 
 the median. Inputs larger than the L2 caches are read from memory anyway, smaller ones are rotated.
 Freeing memory is outside the clock, for the floors as for everyone; allocating it is inside.
 Only ratios within one run mean anything. Every row is appended to a CSV; ``plot.py`` draws it.
-The cases are in ``cases.py``, ``linear.py`` and ``ranking.py``. A metric has no gradient: both its times are of the
-call.
+The cases are in ``cases.py``, ``linear.py``, ``ranking.py`` and ``classification.py``. A metric has no gradient: both
+its times are of the call.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from cases import (
     private,
     timings,
 )
+from classification import classification_cases
 from linear import linear_cases
 from ranking import ranking_cases
 from rich.console import Console
@@ -340,8 +341,8 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
             ratios = Aims(*(peer and peer / ours for peer in peers), ours / clone, read and ours / read)
             others += [
                 f"{case.label}: {name} {t:.4g} ms, {t / ours:.3g} times ours"
-                for name in case.contenders
-                if name not in CONTENDERS and (t := median(rows, name))
+                for name in (*case.contenders, "sort", "argmax")
+                if name not in CONTENDERS and (t := median(rows, name, timings(name)[-1]))
             ]
         if ours and case.family == "scaling":
             curve.append((math.prod(case.shape), ours))
@@ -402,13 +403,13 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def cpu_cases() -> tuple[Case, ...]:
+    return (*cases(), *linear_cases(), *ranking_cases(), *classification_cases())
+
+
 def main() -> None:
     args = parse()
-    chosen = [
-        c
-        for c in (gpu_cases() if args.device == "cuda" else (*cases(), *linear_cases(), *ranking_cases()))
-        if re.search(args.only, c.label)
-    ]
+    chosen = [c for c in (gpu_cases() if args.device == "cuda" else cpu_cases()) if re.search(args.only, c.label)]
     if args.quick:
         chosen = [c for c in chosen if c.elements <= QUICK_ELEMENTS[args.device] and not c.slow]
     if not chosen:

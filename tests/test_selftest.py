@@ -20,6 +20,7 @@ from torchfast import selftest
 from torchfast._register import Sample, metrics, registry
 from torchfast.losses.cross_entropy.reference import reference, reference_backward
 
+COUNTS = ("class_counts", "label_counts")  # of which every digit is right
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of planted kernels
 
@@ -117,7 +118,8 @@ def test_json_holds_every_row_of_the_wanted_device(kernel: str, metrics_kernel: 
         served = kernel if row["op"] in registry else metrics_kernel
         assert (row["device"], row["kernel"], row["failures"]) == (device, served, [])
         samples = selftest.checked()[row["op"]].sample_inputs(large=kernel != "triton")
-        assert row["samples"] == len(list(samples)) and 0 < row["max_error"] < 1
+        assert row["samples"] == len(list(samples)) and row["max_error"] < 1
+        assert row["max_error"] > 0 or row["op"] in COUNTS
 
 
 def test_planted_kernels_that_are_right_pass(report: Any, device: str) -> None:

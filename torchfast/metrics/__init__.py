@@ -1,17 +1,62 @@
-"""Metrics. The formulas of rankings are in :mod:`torchfast.metrics.ranking`."""
+"""Metrics. The formulas of rankings are in :mod:`torchfast.metrics.ranking`, those of classification and regression
+in :func:`classification_metrics` and :func:`regression_metrics`."""
 
 from typing import TYPE_CHECKING, Any
 
-from torchfast.metrics import ranking
+from torchfast.metrics import classification, ranking, regression
+from torchfast.metrics.classification import (
+    accuracy,
+    average_precision_score,
+    classification_metrics,
+    confusion_matrix,
+    f1_score,
+    fbeta_score,
+    precision,
+    recall,
+    roc_auc_score,
+)
 from torchfast.metrics.ranking import ranking_metrics
+from torchfast.metrics.regression import (
+    mean_absolute_error,
+    mean_squared_error,
+    r2_score,
+    regression_metrics,
+    root_mean_squared_error,
+)
 
 if TYPE_CHECKING:
+    from torchfast.metrics.classification import ClassificationMetrics
     from torchfast.metrics.ranking import RankingMetrics
+    from torchfast.metrics.regression import RegressionMetrics
 
-__all__ = ["RankingMetrics", "ranking", "ranking_metrics"]
+__all__ = [
+    "ClassificationMetrics",
+    "RankingMetrics",
+    "RegressionMetrics",
+    "accuracy",
+    "average_precision_score",
+    "classification",
+    "classification_metrics",
+    "confusion_matrix",
+    "f1_score",
+    "fbeta_score",
+    "mean_absolute_error",
+    "mean_squared_error",
+    "precision",
+    "r2_score",
+    "ranking",
+    "ranking_metrics",
+    "recall",
+    "regression",
+    "regression_metrics",
+    "roc_auc_score",
+    "root_mean_squared_error",
+]
+
+_MODULES = {"ClassificationMetrics": classification, "RankingMetrics": ranking, "RegressionMetrics": regression}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "RankingMetrics":
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return ranking.RankingMetrics
+    return getattr(_MODULES[name], name)
