@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/python examples/retrieve_digits.py
 
 BY_ISA := tests/test_cross_entropy.py tests/test_sigmoid_focal_loss.py tests/test_metric_ops.py \
-	tests/test_classification.py tests/test_regression.py
+	tests/test_ranking.py tests/test_classification.py tests/test_regression.py
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test: setup lint types
