@@ -397,7 +397,7 @@ def test_mistakes_are_counted_as_by_the_reference(device):
     wide = torch.randn(n, 50, device=device)
     wide[[3, 40]], wide[50, 49], wide[51, 0] = nan, nan, nan
     maps = x.view(2, 45, 3).movedim(-1, 1).contiguous()
-    labels, two, ids = y.remainder(4)[:, None], x.sigmoid()[:, :1], (y * (y < 9) + 1)[:, None]
+    labels, two, ids = y.remainder(4)[:, None], x.sigmoid()[:, :1].contiguous(), (y * (y < 9) + 1)[:, None]
     two[10:12] = torch.tensor([[1.5], [-0.5]])
     many = y.remainder(4).view(30, 3)
     calls = [
