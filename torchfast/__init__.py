@@ -1,4 +1,4 @@
-"""Losses and ranking metrics at the speed of memory, on any torch, with or without a GPU."""
+"""Losses and metrics at the speed of memory, on any torch, with or without a GPU."""
 
 from torchfast import metrics
 from torchfast.losses.cross_entropy import (
