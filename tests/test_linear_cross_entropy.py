@@ -224,8 +224,11 @@ def test_gradients_of_parameters_are_added_up_in_fp32(dtype, device):
     assert_as_two_steps(x, w, b, target, reduction="none", **options)
 
 
-def test_a_loss_scale_protects_small_fp16_gradients(device):
+@pytest.mark.parametrize("multiplied", ["as here", "in fp16"])
+def test_a_loss_scale_protects_small_fp16_gradients(multiplied, device, monkeypatch):
     """p / rows of the mean is 0 in fp16, but not 65536 times that."""
+    if multiplied == "in fp16":  # as a GPU does
+        monkeypatch.setattr(sys.modules[linear_cross_entropy.__module__], "_WIDENED_ON_CPU", ())
     x, w, b, _ = example(device, torch.float16, rows=(4096,), features=2, classes=300)
     w, target = 0.01 * w, torch.zeros(4096, dtype=torch.long, device=device)
     assert_as_two_steps(x, w, b, target, upstream=torch.tensor(65536.0, device=device), chunk_size=512)
@@ -325,6 +328,11 @@ def test_derivatives_of_a_tied_embedding(reduction, device):
         return linear_cross_entropy(w, w, target, chunk_size=3, reduction=reduction)
 
     for function in tied, itself:
+        upstream = upstream_of(function(w))
+        plain, graphed = (
+            torch.autograd.grad(function(w), w, upstream, create_graph=create)[0] for create in (False, True)
+        )
+        torch.testing.assert_close(graphed, plain)
         assert gradcheck(function, w)
         assert gradgradcheck(function, w)
 
