@@ -218,7 +218,8 @@ def test_gradients_of_parameters_are_added_up_in_fp32(dtype, device):
     """Each chunk adds the same to the gradient: in bf16 a sum of more than 256 of them stays where it is."""
     x, w, b, _ = example(device, dtype, rows=(1, 3))
     x, target = x[:, 0].repeat(700, 1), torch.zeros(700, dtype=torch.long, device=device)
-    options = {"chunk_size": 3, "roundings": 350, "upstream": None}  # at most one rounding, always the same, for each addition
+    # At most one rounding of fp32 (fp64), but always the same, for each addition.
+    options = {"chunk_size": 3, "roundings": 350, "upstream": None}
     assert_as_two_steps(x, w, b, target, reduction="sum", **options)
     options["upstream"] = torch.ones(700, device=device)
     assert_as_two_steps(x, w, b, target, reduction="none", **options)
