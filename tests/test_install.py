@@ -84,7 +84,7 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_works(source: Path, tmp
 
 
 def test_a_failing_compiler_leaves_a_working_package_and_no_stale_library(source: Path, tmp_path: Path) -> None:
-    wheel, log = build_wheel(source, tmp_path, CXX="/bin/false")
+    wheel, log = build_wheel(source, tmp_path, CXX="/bin/false", TORCHFAST_CUDA="0")
     assert wheel is not None, log
     assert "the native build failed, so this build is pure Python" in log
     assert not [n for n in unpack(wheel, tmp_path / "site") if n.endswith(".so")]
@@ -93,7 +93,7 @@ def test_a_failing_compiler_leaves_a_working_package_and_no_stale_library(source
 
 @pytest.mark.parametrize("compiler", ["/nonexistent/c++", "/bin/false"])
 def test_require_turns_a_missing_or_failing_compiler_into_an_error(source: Path, tmp_path: Path, compiler: str) -> None:
-    wheel, log = build_wheel(source, tmp_path, CXX=compiler, TORCHFAST_BUILD="require")
+    wheel, log = build_wheel(source, tmp_path, CXX=compiler, TORCHFAST_BUILD="require", TORCHFAST_CUDA="0")
     assert wheel is None and "TORCHFAST_BUILD=require, but" in log
 
 
