@@ -54,6 +54,16 @@ class Buffer {
 
 // ---- Radix sort --------------------------------------------------------------------------------
 
+// The bits of a score as an unsigned integer of the opposite order; of both zeros the same.
+inline uint32_t descending(float score) {
+  auto bits = std::bit_cast<uint32_t>(score + 0.0f);
+  return bits >> 31 ? bits : ~bits & 0x7fffffff;
+}
+inline uint64_t descending(double score) {
+  auto bits = std::bit_cast<uint64_t>(score + 0.0);
+  return bits >> 63 ? bits : ~bits & 0x7fffffffffffffff;
+}
+
 template <class Key>
 struct Keyed {
   Key key;

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from classification_process import BINARY, NAMES, OPTIONS, VALUES, batch
+from processes import run_together
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAccuracy
 
@@ -272,42 +269,21 @@ def test_a_collection_does_not_merge_metrics_that_agree_on_the_first_batch(devic
     collection = MetricCollection({"a": a, "b": b}, compute_groups=True).to(device)
     target = torch.tensor([1, 0], device=device)
     for preds in torch.tensor([0.9, 0.1], device=device), torch.tensor([0.6, 0.6], device=device):
-        a_before = collection
-        a_before.update(preds, target)
+        collection.update(preds, target)
     found = {name: metric.compute()["precision"].item() for name, metric in collection.items(keep_base=True)}
     assert found == {"a": 2 / 3, "b": 1.0}
 
 
 @pytest.mark.parametrize("counts", ((2, 3), (3, 0), (1, 0, 2)), ids=str)
 def test_processes_with_different_numbers_of_batches(counts, tmp_path):
-    command = [sys.executable, str(TESTS / "classification_process.py")]
-    given = ",".join(map(str, counts))
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), given, str(tmp_path / "init")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(len(counts))
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(counts), outputs
-    found = [json.loads(output) for output, _ in outputs]
-    assert all(str(f) == str(found[0]) for f in found)
+    found = run_together("classification_process.py", counts, tmp_path)
     for weighted in False, True:
         for task in (*TASKS, "regression"):
             batches = batches_of(task, "cpu", range(sum(counts)))
             for name, value in at_once(task, batches, weighted).items():
-                here = torch.tensor(found[0][f"{task} exact {name} {weighted}"], dtype=value.dtype)
+                here = torch.tensor(found[f"{task} exact {name} {weighted}"], dtype=value.dtype)
                 torch.testing.assert_close(here, value, rtol=1e-12, atol=0)
             if task != "regression":
                 binned = updated(made(task, "cpu", ["roc_auc"], bins=8, weighted=weighted), batches, weighted)
-                here = found[0][f"{task} binned roc_auc {weighted}"]
+                here = found[f"{task} binned roc_auc {weighted}"]
                 assert here == pytest.approx(binned.compute()["roc_auc"].item(), rel=1e-12)

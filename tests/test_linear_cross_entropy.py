@@ -742,6 +742,8 @@ def test_module_is_the_function(device):
     same(plain(x, target, normalizer=2.0), expected)
     assert "gamma=1.5" in repr(module) and "chunk_size=4" in repr(module)
     same(copy.deepcopy(module)(x, target), module(x, target))
+    with pytest.raises(TypeError, match="inplace_backward must be left out: there are no logits"):
+        LinearCrossEntropyLoss(6, 70, inplace_backward=True)
 
 
 def test_module_takes_the_state_of_torch_and_a_tied_embedding(device):

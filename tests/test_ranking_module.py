@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_together
 from ranking_process import NAMES, batch
 from torchmetrics import MetricCollection
 from torchmetrics.retrieval import RetrievalMRR
@@ -202,27 +199,7 @@ def test_a_collection_does_not_merge_metrics_that_agree_on_the_first_batch(devic
 
 @pytest.mark.parametrize("counts", ((2, 3), (3, 0), (0, 0), (1, 0, 4), (0, 2, 1)), ids=str)
 def test_processes_with_different_numbers_of_batches(counts, tmp_path):
-    command = [sys.executable, str(TESTS / "ranking_process.py")]
-    given = ",".join(map(str, counts))
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), given, str(tmp_path / "init")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(len(counts))
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(counts), outputs
-    found = [json.loads(output) for output, _ in outputs]
-    assert all(str(f) == str(found[0]) for f in found)
+    found = run_together("ranking_process.py", counts, tmp_path)
 
     batches = [batch(n) for n in range(sum(counts))] or [[x[:0] for x in batch(0)]]
     preds, target, weight = all_of(batches)
@@ -230,6 +207,6 @@ def test_processes_with_different_numbers_of_batches(counts, tmp_path):
     expected |= {f"skip_{n}": v for n, v in ranking_metrics(preds, target, NAMES, empty="skip").items()}
     expected |= {f"each_{n}": v for n, v in ranking_metrics(preds, target, NAMES, reduction="none").items()}
     expected |= {f"weighted_{n}": v for n, v in ranking_metrics(preds, target, NAMES, query_weight=weight).items()}
-    assert found[0].keys() == expected.keys()
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[0][name] == pytest.approx(value.tolist(), rel=1e-14, nan_ok=True), name
+        assert found[name] == pytest.approx(value.tolist(), rel=1e-14, nan_ok=True), name

@@ -529,16 +529,6 @@ std::tuple<Tensor, Tensor, Tensor> label_counts(Tensor preds, Tensor target, Opt
 
 // ---- Areas under curves -------------------------------------------------------------------------
 
-// The bits of a score as an unsigned integer of the opposite order; of both zeros the same.
-inline uint32_t descending(float x) {
-  uint32_t bits = baseline::bit_cast<uint32_t>(x + 0.0f);
-  return bits >> 31 ? bits : ~bits & 0x7fffffff;
-}
-inline uint64_t descending(double x) {
-  uint64_t bits = baseline::bit_cast<uint64_t>(x + 0.0);
-  return bits >> 63 ? bits : ~bits & 0x7fffffffffffffff;
-}
-
 struct Area {
   double roc, average_precision, positives, negatives;
 };

@@ -482,9 +482,7 @@ using Key = std::make_unsigned_t<Int<R>>;
 
 template <class R>
 Key<R> to_key(R score) {
-  constexpr int top = sizeof(R) * 8 - 1;
-  auto bits = bit_cast<Int<R>>(score + R(0));  // -0 becomes 0
-  return score == score ? Key<R>(bits ^ (~(bits >> top) & std::numeric_limits<Int<R>>::max())) : Key<R>(-1);
+  return score == score ? descending(score) : Key<R>(-1);
 }
 
 // ---- One query ------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from torchfast._register import _define, registry
-from torchfast.losses._common import (
+from torchfast._common import (
     REDUCTIONS,
     accumulate_dtype,
     check,
@@ -34,7 +33,9 @@ from torchfast.losses._common import (
     mean,
     normalized,
 )
+from torchfast._register import _define, registry
 from torchfast.losses.cross_entropy.functional import check_options, check_tensors
+from torchfast.losses.cross_entropy.modules import CrossEntropyLoss
 
 _HALF = (torch.bfloat16, torch.float16)
 _row_losses = registry["cross_entropy"]
@@ -442,13 +443,13 @@ def _needs_two_steps(*others: Tensor | None) -> bool:
 # ---- The module ------------------------------------------------------------------------------
 
 
-class LinearCrossEntropyLoss(nn.Module):
+class LinearCrossEntropyLoss(CrossEntropyLoss):
     """The last linear layer and its loss: drop-in for :class:`torch.nn.LinearCrossEntropyLoss` (of one output per
     class) with every option of :func:`linear_cross_entropy`.
 
     ``linear`` is the classifier, a :class:`torch.nn.Linear`; to tie it to an embedding, assign
-    ``criterion.linear.weight = embedding.weight``. ``weight`` and a tensor ``alpha`` are buffers. ``sample_weight``
-    and ``normalizer`` belong to the batch and are given to the call.
+    ``criterion.linear.weight = embedding.weight``. ``options`` are those of :class:`torchfast.CrossEntropyLoss`, but
+    for ``inplace_backward``: there are no logits to write over.
 
     Example:
         >>> import torch, torchfast
@@ -460,9 +461,6 @@ class LinearCrossEntropyLoss(nn.Module):
         (1000, 8)
     """
 
-    weight: Tensor | None
-    alpha: float | Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -471,33 +469,13 @@ class LinearCrossEntropyLoss(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        gamma: float = 0.0,
-        alpha: float | Tensor | None = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        empty: str = "nan",
         chunk_size: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        if "inplace_backward" in options:
+            raise TypeError("inplace_backward must be left out: there are no logits to write over")
+        super().__init__(**options)
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("weight", weight)
-        if isinstance(alpha, Tensor):
-            self.register_buffer("alpha", alpha)
-        else:
-            self.alpha = alpha
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.gamma = gamma
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.logit_scale = logit_scale
-        self.empty = empty
         self.chunk_size = chunk_size
 
     def forward(
@@ -529,7 +507,4 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        shown = ("gamma", "alpha", "label_smoothing", "z_loss", "softcap", "logit_scale", "reduction", "chunk_size")
-        return ", ".join(
-            f"{name}={getattr(self, name)!r}" for name in shown if not isinstance(getattr(self, name), Tensor)
-        )
+        return f"{super().extra_repr()}, chunk_size={self.chunk_size}"

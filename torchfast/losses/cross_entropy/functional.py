@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from torchfast import _triton
-from torchfast._register import Sample, register
-from torchfast.losses._common import (
+from torchfast._common import (
     REDUCTIONS,
     accumulate_dtype,
     check,
@@ -20,6 +19,7 @@ from torchfast.losses._common import (
     check_normalizer,
     normalized,
 )
+from torchfast._register import Sample, register
 from torchfast.losses.cross_entropy.reference import class_dim, fake, reference, reference_backward
 
 

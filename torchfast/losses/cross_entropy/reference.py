@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast.losses._common import accumulate_dtype, check_range, mean
+from torchfast._common import accumulate_dtype, check_range, mean
 
 
 def class_dim(logits: Tensor) -> int:

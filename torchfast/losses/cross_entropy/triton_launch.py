@@ -12,8 +12,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from torchfast._common import accumulate_dtype, check_range
 from torchfast._env import flag
-from torchfast.losses._common import accumulate_dtype, check_range
 from torchfast.losses.cross_entropy.reference import class_dim, fake
 from torchfast.losses.cross_entropy.triton_kernels import (
     FINISH,

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from torchfast import _triton
-from torchfast._register import Sample, register
-from torchfast.losses._common import (
+from torchfast._common import (
     REDUCTIONS,
     check,
     check_device,
@@ -19,6 +18,7 @@ from torchfast.losses._common import (
     check_normalizer,
     normalized,
 )
+from torchfast._register import Sample, register
 from torchfast.losses.sigmoid_focal_loss.reference import fake, reference, reference_backward
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchfast.losses._common import accumulate_dtype, check_range, mean
+from torchfast._common import accumulate_dtype, check_range, mean
 
 
 def is_index(logits: Tensor, target: Tensor) -> bool:

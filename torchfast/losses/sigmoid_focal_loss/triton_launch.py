@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchfast._common import accumulate_dtype
 from torchfast._env import flag
-from torchfast.losses._common import accumulate_dtype
 from torchfast.losses.sigmoid_focal_loss.reference import fake, is_index, read_integers
 from torchfast.losses.sigmoid_focal_loss.triton_kernels import (
     BOOL,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchfast.metrics.ranking.reference import value_dtype
+from torchfast.metrics._common import value_dtype
 
 
 def areas_of(negatives: Tensor, positives: Tensor, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:

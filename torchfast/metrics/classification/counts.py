@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchfast.metrics.ranking.reference import value_dtype
+from torchfast.metrics._common import value_dtype
 
 #: Places of ``wrong``: rows with such a mistake, which count nowhere else.
 NAN, TARGET, IDS, WEIGHT, PROBABILITY = range(5)

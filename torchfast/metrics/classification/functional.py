@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchfast._common import readable
 from torchfast._register import Sample, register_metric
-from torchfast.losses._common import readable
 from torchfast.metrics.classification.areas import fake as areas_fake
 from torchfast.metrics.classification.areas import reference as areas_reference
 from torchfast.metrics.classification.counts import (

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torchfast.losses._common import LOGITS_DTYPES, check, check_device, check_factor, readable
+from torchfast._common import LOGITS_DTYPES, check, check_device, check_factor, readable
+from torchfast.metrics._common import check_choice, check_no_gradient
 from torchfast.metrics.classification.areas import membership
 from torchfast.metrics.classification.counts import IDS, NAN, PROBABILITY, TARGET, WEIGHT
-from torchfast.metrics.classification.options import TASKS, Options, check_choice
+from torchfast.metrics.classification.options import TASKS, Options
 
 #: In place of a target that is no integer.
 NO_CLASS = -(2**62)
@@ -69,8 +69,7 @@ def _ids(name: str, x: Tensor) -> Tensor:
 def _check_preds(options: Options, preds: Tensor) -> None:
     if preds.is_floating_point() and preds.dtype not in LOGITS_DTYPES:
         raise TypeError(f"preds must be float32, bfloat16, float16 or float64, or class ids, got {preds.dtype}")
-    if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(preds).tangent is not None:
-        raise RuntimeError("metrics are not differentiable: torch.func and forward-mode AD cannot trace them")
+    check_no_gradient("metrics", preds)
     for name in options.names:
         if (name.k or name in options.areas) and not preds.is_floating_point():
             raise TypeError(f"preds must be scores, of a floating dtype, for {name.text!r}, got {preds.dtype}")

@@ -9,7 +9,7 @@ import torch
 import torchmetrics
 from torch import Tensor
 
-from torchfast.losses._common import check
+from torchfast._common import check
 from torchfast.metrics.classification.areas import areas_of
 from torchfast.metrics.classification.functional import areas, count, warn_of_undefined
 from torchfast.metrics.classification.inputs import Batch, Curves, check_inputs, curves_of, refuse, wrong_in_curves

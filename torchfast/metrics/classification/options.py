@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torchfast.losses._common import check
+from torchfast._common import check
+from torchfast.metrics._common import check_choice, check_kind, digest, listed, names_of
 
 TASKS = ("binary", "multiclass", "multilabel")
 AVERAGES = ("binary", "micro", "macro", "weighted", "none")
@@ -19,15 +18,6 @@ NANS = ("error", "propagate")
 FSCORES = ("precision", "recall", "f1", "fbeta")
 AREAS = ("roc_auc", "average_precision")
 KINDS = ("accuracy", *FSCORES, "confusion_matrix", *AREAS)
-
-
-def listed(allowed: Sequence[str]) -> str:
-    *others, last = map(repr, allowed)
-    return f"{', '.join(others)} or {last}"
-
-
-def check_choice(name: str, given: object, allowed: Sequence[str]) -> None:
-    check(name, given in allowed, given, listed(allowed))
 
 
 @dataclass(frozen=True)
@@ -60,13 +50,8 @@ def _default(kind: str, task: str) -> str:
 
 
 def _parse(text: str, task: str) -> Name:
-    if not isinstance(text, str):
-        raise TypeError(f"metrics must be strings such as 'f1@macro', got {text!r}")
     kind, at, detail = text.partition("@")
-    if kind not in KINDS:
-        close = difflib.get_close_matches(kind.strip().lower(), KINDS, n=1)
-        hint = f"; did you mean {close[0] + at + detail!r}?" if close else ""
-        raise ValueError(f"metrics must be of {listed(KINDS)}, some with a detail as in 'f1@macro', got {text!r}{hint}")
+    check_kind(kind, text, KINDS, ", some with a detail as in 'f1@macro'")
     if kind == "accuracy" and at:
         check("metrics", task == "multiclass", text, f"'accuracy', without a top k, for task={task!r}")
         good = detail.isascii() and detail.isdecimal() and int(detail) > 0
@@ -126,8 +111,7 @@ class Options:
 
     @property
     def digest(self) -> str:
-        """The same for the same options."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        return digest(self)
 
 
 def resolve(
@@ -144,9 +128,7 @@ def resolve(
     nan: str = "error",
 ) -> Options:
     check_choice("task", task, TASKS)
-    texts = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
-    check("metrics", len(texts) > 0, metrics, "at least one name")
-    names = tuple(_parse(text, task) for text in texts)
+    names = tuple(_parse(text, task) for text in names_of(metrics, "f1@macro"))
     if task == "binary":
         check("num_classes", num_classes in (None, 2), num_classes, "2 or left out for task='binary'")
         num_classes = 2

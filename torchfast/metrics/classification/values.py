@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchfast.metrics._common import value_dtype
 from torchfast.metrics.classification.areas import membership
 from torchfast.metrics.classification.counts import sum_by
 from torchfast.metrics.classification.inputs import Curves
 from torchfast.metrics.classification.options import FSCORES, Name, Options
-from torchfast.metrics.ranking.reference import value_dtype
 
 
 class Counts(NamedTuple):

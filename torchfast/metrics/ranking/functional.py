@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchfast._common import check, check_device, check_factor, readable
 from torchfast._register import Sample, register_metric
-from torchfast.losses._common import check, check_device, check_factor, readable
 from torchfast.metrics.ranking.inputs import Unretrieved, check_inputs, refuse
 from torchfast.metrics.ranking.options import Options, named, resolve
 from torchfast.metrics.ranking.reference import fake, reference

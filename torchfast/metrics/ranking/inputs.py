@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torchfast.losses._common import check, check_device, check_logits_dtype, readable
+from torchfast._common import check, check_device, check_logits_dtype, readable
+from torchfast.metrics._common import check_no_gradient
 from torchfast.metrics.ranking.group import group_by_query
 from torchfast.metrics.ranking.options import Options
 from torchfast.metrics.ranking.reference import (
@@ -93,8 +93,7 @@ def check_inputs(
         raise TypeError(f"preds must be a tensor, got {type(preds).__name__}")
     check_logits_dtype("preds", preds)
     target = _check_labels("target", target, options)
-    if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(preds).tangent is not None:
-        raise RuntimeError("ranking metrics are not differentiable: torch.func and forward-mode AD cannot trace them")
+    check_no_gradient("ranking metrics", preds)
     preds = preds.detach()
     boundaries = {"offsets": offsets, "indexes": indexes, "lengths": lengths}
     given = [name for name, x in boundaries.items() if x is not None]

@@ -9,7 +9,7 @@ import torch
 import torchmetrics
 from torch import Tensor
 
-from torchfast.losses._common import check
+from torchfast._common import check
 from torchfast.metrics.ranking.functional import check_weight, evaluate
 from torchfast.metrics.ranking.inputs import Unretrieved
 from torchfast.metrics.ranking.options import resolve

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchfast.losses._common import check
+from torchfast._common import check
+from torchfast.metrics._common import check_choice, check_kind, digest, names_of
 from torchfast.metrics.ranking.reference import DCG, GAINS, KINDS, MAP_DENOMINATORS, NANS, NDCG, R_PRECISION, TIES
 
 EMPTIES = ("zero", "one", "skip", "error")
@@ -30,28 +29,13 @@ PRESETS = {
 }
 
 
-def _listed(allowed: Iterable[str]) -> str:
-    *others, last = map(repr, allowed)
-    return f"{', '.join(others)} or {last}"
-
-
-def _check_choice(name: str, given: object, allowed: Collection[str]) -> None:
-    check(name, given in allowed, given, _listed(allowed))
-
-
 # ---- Names of metrics ------------------------------------------------------------------------
 
 
 def _parse(name: str) -> tuple[int, int]:
     """The kind and the cut-off, 0 for none."""
-    if not isinstance(name, str):
-        raise TypeError(f"metrics must be strings such as 'ndcg@10', got {name!r}")
     kind, at, k = name.partition("@")
-    if kind not in KINDS:
-        close = difflib.get_close_matches(kind.strip().lower(), KINDS, n=1)
-        hint = f"; did you mean {close[0] + at + k!r}?" if close else ""
-        allowed = f"of {_listed(KINDS)}, alone or with a cut-off as in 'ndcg@10'"
-        raise ValueError(f"metrics must be {allowed}, got {name!r}{hint}")
+    check_kind(kind, name, KINDS, ", alone or with a cut-off as in 'ndcg@10'")
     if not at:
         return KINDS.index(kind), 0
     check("metrics", KINDS.index(kind) != R_PRECISION, name, "'r_precision', which cuts off at n_rel, without a number")
@@ -89,9 +73,8 @@ class Options:
 
     @property
     def digest(self) -> str:
-        """The same for the same options."""
         table = None if self.table is None else self.table.tolist()
-        return hashlib.sha256(repr((dataclasses.replace(self, table=None), table)).encode()).hexdigest()[:16]
+        return digest((dataclasses.replace(self, table=None), table))
 
     @property
     def numbers(self) -> tuple[object, ...]:
@@ -124,11 +107,10 @@ def resolve(
     preset: str | None = None,
 ) -> Options:
     """Fills in what is None from the preset or the defaults. What a preset sets cannot be set otherwise."""
-    names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
-    check("metrics", len(names) > 0, metrics, "at least one name")
+    names = names_of(metrics, "ndcg@10")
     kinds, ks = zip(*map(_parse, names), strict=True)
     if preset is not None:
-        _check_choice("preset", preset, PRESETS)
+        check_choice("preset", preset, PRESETS)
     chosen = PRESETS[preset] if preset is not None else DEFAULTS
 
     def option(name: str, value: Any, allowed: Collection[str]) -> Any:
@@ -138,10 +120,10 @@ def resolve(
             set_to = f"with preset={preset!r}, which sets it to {chosen[name]!r}"
             raise ValueError(f"{name} must be left out {set_to}, got {value!r}")
         if isinstance(value, str) or name != "gain":
-            _check_choice(name, value, allowed)
+            check_choice(name, value, allowed)
         return value
 
-    _check_choice("nan", nan, (*NANS, "error"))
+    check_choice("nan", nan, (*NANS, "error"))
     gain = option("gain", gain, GAINS[:2])
     table = None if isinstance(gain, str) else _gain_table(gain)
     if relevance_threshold is not None:

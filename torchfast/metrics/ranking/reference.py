@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchfast.metrics._common import value_dtype
+
 KINDS = ("ndcg", "dcg", "mrr", "map", "precision", "recall", "hit_rate", "r_precision")
 NDCG, DCG, MRR, MAP, PRECISION, RECALL, HIT_RATE, R_PRECISION = range(len(KINDS))
 TIES = ("average", "stable", "optimistic", "pessimistic")
 GAINS = ("linear", "exp", "table")
 MAP_DENOMINATORS = ("n_rel", "min(k,n_rel)", "hits")
 NANS = ("propagate", "last")
-
-
-def value_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
 
 
 # ---- Documents and their queries -------------------------------------------------------------

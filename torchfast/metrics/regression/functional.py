@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from torchfast._common import LOGITS_DTYPES, check, check_device, check_factor, readable
 from torchfast._register import Sample, register_metric
-from torchfast.losses._common import LOGITS_DTYPES, check, check_device, check_factor, readable
-from torchfast.metrics.ranking.reference import value_dtype
+from torchfast.metrics._common import check_choice, check_kind, check_no_gradient, digest, names_of, value_dtype
 
 KINDS = ("mae", "mse", "rmse", "r2")
 MULTIOUTPUTS = ("uniform_average", "raw_values", "variance_weighted")
@@ -109,23 +106,15 @@ class Options:
 
     @property
     def digest(self) -> str:
-        """The same for the same options."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        return digest(self)
 
 
 def resolve(metrics: str | Sequence[str], *, multioutput: str = "uniform_average", nan: str = "error") -> Options:
-    names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
-    check("metrics", len(names) > 0, metrics, "at least one name")
+    names = names_of(metrics, "rmse")
     for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"metrics must be strings such as 'rmse', got {name!r}")
-        if name not in KINDS:
-            close = difflib.get_close_matches(name.strip().lower(), KINDS, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"metrics must be of 'mae', 'mse', 'rmse' or 'r2', got {name!r}{hint}")
-    allowed = "'uniform_average', 'raw_values' or 'variance_weighted'"
-    check("multioutput", multioutput in MULTIOUTPUTS, multioutput, allowed)
-    check("nan", nan in NANS, nan, "'error' or 'propagate'")
+        check_kind(name, name, KINDS)
+    check_choice("multioutput", multioutput, MULTIOUTPUTS)
+    check_choice("nan", nan, NANS)
     return Options(names, multioutput, nan)
 
 
@@ -136,8 +125,7 @@ def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.is_complex() or x.dtype == torch.bool:
             raise TypeError(f"{name} must be a tensor of floats or integers, got {x.dtype}")
-        if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError("metrics are not differentiable: torch.func and forward-mode AD cannot trace them")
+        check_no_gradient("metrics", x)
     check("preds' shape", preds.dim() in (1, 2), tuple(preds.shape), "(N,) or (N, outputs)")
     check("target's shape", target.shape == preds.shape, tuple(target.shape), f"preds' shape {tuple(preds.shape)}")
     check_device("target", target, "preds", preds)

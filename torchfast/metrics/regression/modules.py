@@ -9,7 +9,7 @@ import torch
 import torchmetrics
 from torch import Tensor
 
-from torchfast.losses._common import check
+from torchfast._common import check
 from torchfast.metrics.regression.functional import batch_moments, merged, resolve, values_of
 
 

@@ -1,4 +1,4 @@
-"""What the losses' public functions and references share: dtypes, reductions, checks of arguments."""
+"""What losses and metrics share: dtypes, reductions, checks of arguments."""
 
 from __future__ import annotations
 
