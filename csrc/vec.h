@@ -257,6 +257,20 @@ TORCHFAST_INLINE uint64_t lane_bits(I condition) {
 #endif
 }
 
+// Of a vector of any integers, those that are not 0.
+template <class I>
+TORCHFAST_INLINE uint64_t nonzero_bits(I v) {
+#if TORCHFAST_VECTOR_BYTES == 64
+  constexpr int size = sizeof(v[0]);
+  if constexpr (size == 1) return _mm512_test_epi8_mask((__m512i)v, (__m512i)v);
+  if constexpr (size == 2) return _mm512_test_epi16_mask((__m512i)v, (__m512i)v);
+  if constexpr (size == 4) return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+  if constexpr (size == 8) return _mm512_test_epi64_mask((__m512i)v, (__m512i)v);
+#else
+  return lane_bits(v != 0);
+#endif
+}
+
 // Lanes where a > b, and where a == b: lane_bits without a detour by a vector where there is a way.
 TORCHFAST_INLINE uint64_t larger_bits(Vec<float> a, Vec<float> b) {
 #if TORCHFAST_VECTOR_BYTES == 64

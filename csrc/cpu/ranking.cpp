@@ -5,16 +5,23 @@
 //   count   few judged documents: compare every document with each of them, chunk by chunk in L1
 //   top     many, but only the first k ranks matter: sort the documents from the k-th score up
 //   sort    many: sort all documents (radix sort)
-// Each finds the groups of tied documents exactly; csrc/ranking.h turns these into the metrics.
+// Each finds the groups of tied documents exactly; csrc/ranking.h turns these into the metrics. A short row
+// whose judged documents have no ties, the common case, needs no groups.
+//
+// What did not help short rows: bytes marked by place and read as a vector (the load waits for the stores),
+// places from popcounts instead of walking over bits, prefetching the row while its targets are read.
+// What did: no SSE code between AVX-512 code (evaluate() outside of the instruction sets took twice as long).
 #include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../radix_sort.h"
@@ -62,25 +69,115 @@ class Discounts {
   const Table& table_;
 };
 
-double map_over_hits(const ranking::Group* groups, int64_t count, int64_t k) {
-  double sum = 0, hits = 0;
-  const ranking::Group* cut = nullptr;
-  for (const ranking::Group* g = groups; g < groups + count; ++g) {
-    if (int64_t m = ranking::up_to(*g, k); m == g->n)
-      sum += ranking::precisions(*g, m), hits += double(g->relevant);
-    else if (m > 0)
-      cut = g;
+}  // namespace
+}  // namespace torchfast
+#endif
+
+#define TORCHFAST_FILE "cpu/ranking.cpp"
+#include "../foreach_isa.h"
+#include "../tensors.h"
+#include "../walk.h"
+
+namespace torchfast::TORCHFAST_ISA {
+namespace {
+
+using ranking::Group;
+
+constexpr int64_t kChunk = 2048;              // scores that stay in L1
+constexpr int64_t kBlock = 32768;             // documents that a thread takes at a time
+constexpr int64_t kMaxDocuments = INT32_MAX;  // of a query
+
+// What the metrics sum up to a cut-off, from groups of tied documents in any order.
+class Groups {
+ public:
+  void clear() { groups_.clear(), alone_ = true; }
+  void add(const Group& group) { groups_.push_back(group), alone_ &= group.n == 1; }
+
+  template <ranking::Kind kind>
+  double sum(int64_t k, const Discounts& discounts) const {
+    double sum = 0;
+    if (!alone_) {
+      for (const Group& g : groups_) sum += ranking::contribution<kind>(g, k, discounts);
+      return sum;
+    }
+    for (Group g : groups_) {
+      g.n = 1;  // so that the compiler knows
+      sum += ranking::contribution<kind>(g, k, discounts);
+    }
+    return sum;
   }
-  if (cut) return ranking::precisions_over_hits(*cut, k - cut->before, sum);
-  return hits > 0 ? sum / hits : 0;
-}
+
+  double map_over_hits(int64_t k, const Discounts&) const {
+    double sum = 0, hits = 0;
+    const Group* cut = nullptr;
+    for (const Group& g : groups_) {
+      if (int64_t m = ranking::up_to(g, k); m == g.n)
+        sum += ranking::precisions(g, m), hits += double(g.relevant);
+      else if (m > 0)
+        cut = &g;
+    }
+    if (cut) return ranking::precisions_over_hits(*cut, k - cut->before, sum);
+    return hits > 0 ? sum / hits : 0;
+  }
+
+ private:
+  std::vector<Group> groups_;
+  bool alone_ = true;  // each group is one document
+};
+
+// The same from the places of the judged documents, where none is tied with any other and few are ranked.
+struct Untied {
+  static constexpr int64_t kDocuments = 512;
+
+  template <ranking::Kind kind>
+  double sum(int64_t k, const Discounts& discounts) const {
+    double sum = 0;
+    if constexpr (kind == ranking::dcg) {
+      for (const int32_t* p = judged.begin(); p < judged.end() && *p < k; ++p)
+        sum += gain[*p] * discounts(*p + 1);
+    } else if constexpr (kind == ranking::mrr) {
+      if (relevant->count > 0 && relevant->at[0] < k) sum = 1 / double(relevant->at[0] + 1);
+    } else if constexpr (kind == ranking::hit_rate) {
+      sum = relevant->count > 0 && relevant->at[0] < k;
+    } else if constexpr (kind == ranking::map) {
+      double hits = 0;
+      for (const int32_t* p = relevant->begin(); p < relevant->end() && *p < k; ++p)
+        sum += ++hits / double(*p + 1);
+    } else {
+      sum = double(hits(k));
+    }
+    return sum;
+  }
+
+  double map_over_hits(int64_t k, const Discounts& discounts) const {
+    int64_t found = hits(k);
+    return found > 0 ? sum<ranking::map>(k, discounts) / double(found) : 0;
+  }
+
+  struct Places {  // ascending
+    int64_t count;
+    int32_t at[64];
+    const int32_t* begin() const { return at; }
+    const int32_t* end() const { return at + count; }
+  };
+  Places judged, some;
+  const Places* relevant;   // of these
+  double gain[kDocuments];  // by place
+
+ private:
+  int64_t hits(int64_t k) const {
+    int64_t hits = 0;
+    while (hits < relevant->count && relevant->at[hits] < k) ++hits;
+    return hits;
+  }
+};
 
 // The best DCG: gains in descending order.
 class Ideal {
  public:
   // `gains` is reordered, up to the longest cut-off.
   Ideal(double* gains, int64_t n, int64_t longest) : gains_(gains), n_(n) {
-    if (n == 0 || count_digits() || is_one_gain()) return;
+    if (n == 0 || is_one_gain() || count_digits()) return;
     auto descending = [](double a, double b) { return a > b; };
     if (longest < n / 4) {
       std::nth_element(gains, gains + longest, gains + n, descending);
@@ -124,7 +221,9 @@ class Ideal {
     return all;
   }
   bool is_one_gain() {
-    bool one = std::adjacent_find(gains_, gains_ + n_, std::not_equal_to<>()) == gains_ + n_;
+    if (gains_[0] != gains_[n_ - 1]) return false;
+    bool one = true;
+    for (int64_t i = 0; i < n_; ++i) one &= gains_[i] == gains_[0];
     if (one) form_ = one_gain;
     return one;
   }
@@ -147,11 +246,10 @@ class Ideal {
   uint64_t digits_ = 0;
 };
 
-// Values of all metrics for a query with these groups, in any order; `alone`: each is one document.
-// `gains` holds those of all judged documents.
-void evaluate(const Arguments& a, const ranking::Query& query, const ranking::Group* groups, int64_t count,
-              bool alone, double* gains, int64_t gains_count, const Discounts& discounts, double* out,
-              int64_t step) {
+// Values of all metrics for a query; `gains` holds those of all judged documents, and is reordered.
+template <class Ranking>
+void evaluate(const Arguments& a, const ranking::Query& query, const Ranking& ranked, double* gains,
+              int64_t gains_count, const Discounts& discounts, double* out, int64_t step) {
   using namespace ranking;
   int64_t longest = 0;  // cut-off of NDCG
   for (size_t m = 0; m < a.kinds.size(); ++m)
@@ -160,52 +258,21 @@ void evaluate(const Arguments& a, const ranking::Query& query, const ranking::Gr
   for (size_t m = 0; m < a.kinds.size(); ++m, out += step) {
     int64_t kind = a.kinds[m], k = cut_of(kind, a.ks[m], query);
     if (kind == map && a.options.map_denominator == hits) {
-      *out = map_over_hits(groups, count, k);
+      *out = ranked.map_over_hits(k, discounts);
       continue;
     }
-    auto sum_of = [&](auto kind) {
-      double sum = 0;
-      if (!alone) {
-        for (int64_t i = 0; i < count; ++i) sum += contribution<kind()>(groups[i], k, discounts);
-        return sum;
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        Group g = groups[i];
-        g.n = 1;  // so that the compiler knows
-        sum += contribution<kind()>(g, k, discounts);
-      }
-      return sum;
-    };
     double sum = 0;
     switch (kind) {
       case ndcg:
-      case dcg: sum = sum_of(std::integral_constant<Kind, dcg>{}); break;
-      case mrr: sum = sum_of(std::integral_constant<Kind, mrr>{}); break;
-      case hit_rate: sum = sum_of(std::integral_constant<Kind, hit_rate>{}); break;
-      case map: sum = sum_of(std::integral_constant<Kind, map>{}); break;
-      default: sum = sum_of(std::integral_constant<Kind, precision>{});
+      case dcg: sum = ranked.template sum<dcg>(k, discounts); break;
+      case mrr: sum = ranked.template sum<mrr>(k, discounts); break;
+      case hit_rate: sum = ranked.template sum<hit_rate>(k, discounts); break;
+      case map: sum = ranked.template sum<map>(k, discounts); break;
+      default: sum = ranked.template sum<precision>(k, discounts);
     }
     *out = value_of(kind, a.ks[m], sum, kind == ndcg ? ideal.dcg(k, discounts) : 0, query, a.options);
   }
 }
-
-}  // namespace
-}  // namespace torchfast
-#endif
-
-#define TORCHFAST_FILE "cpu/ranking.cpp"
-#include "../foreach_isa.h"
-#include "../tensors.h"
-#include "../walk.h"
-
-namespace torchfast::TORCHFAST_ISA {
-namespace {
-
-using ranking::Group;
-
-constexpr int64_t kChunk = 2048;              // scores that stay in L1
-constexpr int64_t kBlock = 32768;             // documents that a thread takes at a time
-constexpr int64_t kMaxDocuments = INT32_MAX;  // of a query
 
 // ---- Judged documents ---------------------------------------------------------------------------
 
@@ -248,7 +315,7 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
         int64_t from = std::min(i + j, end - L);  // the last vector may overlap the one before
         V v;
         __builtin_memcpy(&v, y + from, sizeof(v));
-        uint64_t bits = lane_bits(v != 0);
+        uint64_t bits = nonzero_bits(v);
         look |= from < i ? bits >> (i - from) : bits << (from - i);
       }
     } else {
@@ -410,12 +477,12 @@ class Search {
   void add(const float* x, int64_t n) { count_ < 16 ? add_chunk<1>(x, n) : add_chunk<2>(x, n); }
 
   // Adds what was counted to larger[j] and equal[j] of the j-th score.
-  void take(int64_t* larger, int64_t* equal) const {
+  void take(int32_t* larger, int32_t* equal) const {
     for (int64_t j = 0; j < count_; ++j) {
-      larger[order_[j]] += larger_[j];
+      larger[order_[j]] += int32_t(larger_[j]);
       int64_t first = j;  // of the same score
       while (first > 0 && sorted_[first - 1] == sorted_[j]) --first;
-      equal[order_[j]] += equal_[first];
+      equal[order_[j]] += int32_t(equal_[first]);
     }
   }
 
@@ -500,6 +567,7 @@ class Ranker {
       longest_cut_ = std::max(longest_cut_, a.ks[m]);
       by_relevant_ |= a.kinds[m] == ranking::r_precision;
     }
+    plain_ = o_.gain == ranking::linear && o_.threshold == 0;
   }
 
   Judged judged;  // of the query
@@ -512,35 +580,40 @@ class Ranker {
     if (judged.wrong || more.wrong)
       return fail(out, empty);  // such a target has no gain: no place in a table
     Query query{row.n, 0, 0};
-    bool gain = false;
-    gains_.need(judged.count + more.count);
-    double* gains = gains_.get();
-    for (int64_t i = 0; i < judged.count; ++i) {
-      query.relevant += is_relevant(judged.y[i], o_);
-      *gains++ = gain_of(judged.y[i], o_);
+    double* gains = judged.y.get();
+    int64_t gains_count = judged.count + more.count;
+    bool gain = gains_count > 0;
+    if (plain_ && more.count == 0) {
+      query.relevant = query.n_rel = judged.count;
+    } else {
+      gain = false;
+      double* to = gains = gains_.need(gains_count);
+      for (const Judged* of : {&judged, &more})
+        for (int64_t i = 0; i < of->count; ++i) {
+          query.n_rel += is_relevant(of->y[i], o_);
+          gain |= (*to++ = gain_of(of->y[i], o_)) > 0;
+          if (of == &judged) query.relevant = query.n_rel;
+        }
     }
-    query.n_rel = query.relevant;
-    for (int64_t i = 0; i < more.count; ++i) {
-      query.n_rel += is_relevant(more.y[i], o_);
-      *gains++ = gain_of(more.y[i], o_);
-    }
-    for (double* g = gains_.get(); g < gains; ++g) gain |= *g > 0;
     if (num_relevant >= 0) query.n_rel = num_relevant;
+    gain_ = gains;
 
     groups_.clear();
-    alone_ = true;
     relevant_before_ = 0;
     int64_t cut = of_all_ranks_ ? row.n : std::max(longest_cut_, by_relevant_ ? query.n_rel : 0);
+    bool untied = false;
     int64_t numbers;
     if (judged.count <= kCounted)
-      numbers = rank_by_counting(row, parts);
+      numbers = rank_by_counting(row, parts, untied);
     else
       numbers = rank_by_sorting(row, cut, parts);
     if (query.n_rel < query.relevant || (o_.nan == propagate && numbers < row.n)) return fail(out, empty);
     empty[0] = query.n_rel == 0;
     empty[step_] = !gain;
-    evaluate(a_, query, groups_.data(), groups_.size(), alone_, gains_.get(), gains - gains_.get(),
-             discounts_, out, step_);
+    if (untied)
+      evaluate(a_, query, untied_, gains, gains_count, discounts_, out, step_);
+    else
+      evaluate(a_, query, groups_, gains, gains_count, discounts_, out, step_);
   }
 
   void fail(double* out, bool* empty) const {
@@ -557,12 +630,11 @@ class Ranker {
       Group group{int32_t(before), int32_t(n), 0, relevant_before_, 0};
       for (int64_t i = 0; i < count; ++i) {
         group.relevant += ranking::is_relevant(judged.y[ids[i]], o_);
-        group.gain += gains_[ids[i]];
+        group.gain += gain_[ids[i]];
       }
       group.gain /= double(n);
-      alone_ = false;
       relevant_before_ += group.relevant;
-      groups_.push_back(group);
+      groups_.add(group);
       return;
     }
     bool first = o_.ties == ranking::optimistic;
@@ -573,28 +645,30 @@ class Ranker {
   }
   void add_one(int64_t before, int32_t id) {
     bool relevant = ranking::is_relevant(judged.y[id], o_);
-    groups_.push_back({int32_t(before), 1, relevant, relevant_before_, gains_[id]});
+    groups_.add({int32_t(before), 1, relevant, relevant_before_, gain_[id]});
     relevant_before_ += relevant;
   }
 
   // ---- Count ----
 
+  // Puts the judged documents into untied_ if they are, else into groups_.
   template <class S>
-  int64_t rank_by_counting(const Row<S>& row, const Parts& parts) {
+  int64_t rank_by_counting(const Row<S>& row, const Parts& parts, bool& untied) {
     int64_t count = judged.count;
-    uint64_t relevant = 0, nan = 0;  // bits of judged documents
-    for (int64_t i = 0; i < count; ++i) {
-      score_[i] = R(to_real(row.scores[judged.at[i] * row.stride]));
-      relevant |= uint64_t(ranking::is_relevant(judged.y[i], o_)) << i;
-      nan |= uint64_t(score_[i] != score_[i]) << i;
-    }
+    for (int64_t i = 0; i < count; ++i) score_[i] = R(to_real(row.scores[judged.at[i] * row.stride]));
     store(score_ + count, splat(R(NAN)));
     if (count == 0 && o_.nan == ranking::last) return row.n;  // no score matters
-    int64_t larger[kCounted], equal[kCounted];
-    int64_t numbers = count_scores(row, parts, larger, equal);
-    if (row.n <= kShort && std::all_of(equal, equal + count, [](int64_t n) { return n == 1; })) {
-      add_untied(row.n, larger, relevant);
-      return numbers;
+    int64_t numbers;
+    if (row.n <= Untied::kDocuments) {
+      numbers = count_short(row);
+      if ((untied = is_untied())) return put_in_order(row.n), numbers;
+    } else {
+      numbers = count_long(row, parts);
+    }
+    uint64_t relevant = 0, nan = 0;  // bits of judged documents
+    for (int64_t i = 0; i < count; ++i) {
+      relevant |= uint64_t(ranking::is_relevant(judged.y[i], o_)) << i;
+      nan |= uint64_t(score_[i] != score_[i]) << i;
     }
     for (int64_t i = 0; i < count; ++i) {
       uint64_t above = 0, same = 0;
@@ -604,29 +678,38 @@ class Ranker {
       }
       if (std::countr_zero(same) != i) continue;  // in the group of an earlier one, or NaN
       relevant_before_ = std::popcount(above & relevant);
-      add_counted(row, larger[i], equal[i], score_[i], same);
+      add_counted(row, larger_[i], equal_[i], score_[i], same);
     }
     relevant_before_ = std::popcount(relevant & ~nan);
     if (nan) add_counted(row, numbers, row.n - numbers, R(NAN), nan);
     return numbers;
   }
 
-  // Judged documents of a short row, none tied with any other: `larger` is their places. A bit a place
-  // says whether there is a relevant one.
-  void add_untied(int64_t n, const int64_t* larger, uint64_t relevant) {
-    uint64_t places[kShort / 64];
-    int64_t words = (n + 63) / 64;
-    std::fill_n(places, words, 0);
-    for (int64_t i = 0; i < judged.count; ++i)
-      places[larger[i] / 64] |= (relevant >> i & 1) << (larger[i] % 64);
-    int32_t before[kShort / 64 + 1] = {};
-    for (int64_t w = 0; w < words; ++w) before[w + 1] = before[w] + std::popcount(places[w]);
-    groups_.resize(judged.count);
-    for (int64_t i = 0; i < judged.count; ++i) {
-      int64_t w = larger[i] / 64;
-      uint64_t in_front = places[w] & ((uint64_t{1} << (larger[i] % 64)) - 1);
-      groups_[i] = {int32_t(larger[i]), 1, int32_t(relevant >> i & 1), before[w] + std::popcount(in_front),
-                    gains_[i]};
+  // Whether each judged document is the only one of its score.
+  bool is_untied() const {
+    bool untied = true;
+    for (int64_t i = 0; i < judged.count; ++i) untied &= equal_[i] == 1;
+    return untied;
+  }
+
+  // Untied judged documents: larger_ is their places.
+  void put_in_order(int64_t n) {
+    for (int64_t i = 0; i < judged.count; ++i) untied_.gain[larger_[i]] = gain_[i];
+    list(n, untied_.judged, [](int64_t) { return true; });
+    untied_.relevant = plain_ ? &untied_.judged : &untied_.some;
+    if (!plain_) list(n, untied_.some, [&](int64_t i) { return ranking::is_relevant(judged.y[i], o_); });
+  }
+  // The places of the judged documents i for which is(i).
+  template <class Is>
+  void list(int64_t n, typename Untied::Places& places, const Is& is) const {
+    places.count = 0;
+    for (int64_t begin = 0; begin < n; begin += 64) {
+      uint64_t taken = 0;
+      for (int64_t i = 0; i < judged.count; ++i) {
+        uint64_t bit = uint64_t(larger_[i]) - begin;
+        taken |= uint64_t{(bit < 64) & is(i)} << (bit % 64);
+      }
+      for (; taken; taken &= taken - 1) places.at[places.count++] = int32_t(begin) + std::countr_zero(taken);
     }
   }
 
@@ -641,15 +724,15 @@ class Ranker {
       add_group(before, n, ids, end - ids);
   }
 
-  // Counts the scores larger than and equal to each of score_; returns how many are not NaN.
+  // Counts in larger_ and equal_ the scores larger than and equal to each of score_; returns how many are
+  // not NaN.
   template <class S>
-  int64_t count_scores(const Row<S>& row, const Parts& parts, int64_t* larger, int64_t* equal) {
+  int64_t count_long(const Row<S>& row, const Parts& parts) {
     int64_t count = judged.count;
-    if (row.n <= kShort) return count_short(row, larger, equal);
     counts_.need(parts.count * 2 * count);
     std::atomic<int64_t> numbers{0};
-    std::fill_n(larger, count, 0);
-    std::fill_n(equal, count, 0);
+    std::fill_n(larger_, count, 0);
+    std::fill_n(equal_, count, 0);
 #if TORCHFAST_VECTOR_BYTES == 64
     const bool searched = std::is_same_v<R, float> && Search::serves(count, row.n);
     std::vector<Search> searches;
@@ -671,21 +754,82 @@ class Ranker {
       numbers += in_part;
     });
 #if TORCHFAST_VECTOR_BYTES == 64
-    for (const Search& search : searches) search.take(larger, equal);
+    if constexpr (std::is_same_v<R, float>)
+      for (const Search& search : searches) search.take(larger_, equal_);
 #endif
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t part = 0; part < parts.count; ++part) {
-        larger[j] += sum_lanes<R>(counts_[part * 2 * count + j]);
-        equal[j] += sum_lanes<R>(counts_[part * 2 * count + count + j]);
+        larger_[j] += Int<R>(sum_lanes<R>(counts_[part * 2 * count + j]));
+        equal_[j] += Int<R>(sum_lanes<R>(counts_[part * 2 * count + count + j]));
       }
     }
     return numbers;
   }
 
-  // The same for many judged documents in a short row: they side by side in vectors, and each document
-  // compared with all of them. Nothing needs to be added up across lanes.
+  // The same for a short row, where adding up lanes would take as long as the comparisons. Few judged
+  // documents: each is compared with the row, whose scores stay in registers, and bits are counted. Many:
+  // they lie side by side, and each document is compared with all of them.
+  template <class S>
+  TORCHFAST_INLINE int64_t count_short(const Row<S>& row) {
+    R staged[Untied::kDocuments];
+    const R* x = reinterpret_cast<const R*>(row.scores);
+    if (!std::is_same_v<S, R> || row.stride != 1) {
+      gather(row.scores, row.stride, row.n, staged);
+      x = staged;
+    }
+    int64_t vectors = (row.n + L - 1) / L, wide = (judged.count + L - 1) / L;
+    bool beside = judged.count * vectors > row.n * wide;
+    static_assert(kCounted == 4 * L && kCounted <= 64);
+    if (beside && wide == 1) compare_beside<1>(x, row.n);
+    if (beside && wide == 2) compare_beside<2>(x, row.n);
+    if (beside && wide == 3) compare_beside<3>(x, row.n);
+    if (beside && wide == 4) compare_beside<4>(x, row.n);
+    int64_t each = beside ? 0 : judged.count, numbers = 0;
+    std::fill_n(larger_, each, 0);
+    std::fill_n(equal_, each, 0);
+    for (int64_t left = row.n; left > 0; left -= 8 * L, x += 8 * L)
+      numbers += compare_each(x, std::min<int64_t>(left, 8 * L), each, std::make_integer_sequence<int, 8>());
+    return numbers;
+  }
+  template <int... less>
+  TORCHFAST_INLINE int64_t compare_each(const R* x, int64_t n, int64_t count,
+                                        std::integer_sequence<int, less...>) {
+    int64_t numbers = 0, vectors = (n + L - 1) / L;
+    ((vectors == less + 1 ? void(numbers = compare_each<less + 1>(x, n, count)) : void()), ...);
+    return numbers;
+  }
+
+  // Adds to the counts of the first `count` judged documents those among n scores, in so many vectors.
   template <int vectors>
-  TORCHFAST_INLINE void compare_beside(const R* x, int64_t n, int64_t* larger, int64_t* equal) const {
+  TORCHFAST_INLINE int64_t compare_each(const R* x, int64_t n, int64_t count) {
+    Vec<R> v[vectors];
+    for (int i = 0; i + 1 < vectors; ++i) v[i] = load<R>(x + i * L);
+    int64_t idle = vectors * L - n;  // lanes of the last vector, which begins earlier where it can
+    IntVec<R> lane;
+    for (int i = 0; i < L; ++i) lane[i] = i;
+    Vec<R>& last = v[vectors - 1];
+    if constexpr (vectors > 1) {
+      last = load<R>(x + n - L);
+      last = lane < IntVec<R>{} + Int<R>(idle) ? splat(R(NAN)) : last;
+    } else {
+      last = load_first<R>(x, n);
+      last = lane < IntVec<R>{} + Int<R>(n) ? last : splat(R(NAN));
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      Vec<R> score = splat(score_[j]);
+      int larger = 0, equal = 0;
+      for (int i = 0; i < vectors; ++i) {
+        larger += std::popcount(larger_bits(v[i], score));
+        equal += std::popcount(equal_bits(v[i], score));
+      }
+      larger_[j] += larger, equal_[j] += equal;
+    }
+    int64_t numbers = 0;
+    for (int i = 0; i < vectors; ++i) numbers += std::popcount(equal_bits(v[i], v[i]));
+    return numbers;
+  }
+  template <int vectors>
+  TORCHFAST_INLINE void compare_beside(const R* x, int64_t n) {
     Vec<R> s[vectors];
     IntVec<R> more[vectors]{}, same[vectors]{};
     for (int v = 0; v < vectors; ++v) s[v] = load<R>(score_ + v * L);
@@ -696,46 +840,8 @@ class Ranker {
         count_if(same[v], document == s[v]);
       }
     }
-    for (int v = 0; v < vectors; ++v)
-      for (int j = 0; j < L; ++j) larger[v * L + j] = more[v][j], equal[v * L + j] = same[v][j];
-  }
-
-  // The same for a row whose counts are not worth vectors.
-  template <class S>
-  TORCHFAST_INLINE int64_t count_short(const Row<S>& row, int64_t* larger, int64_t* equal) {
-    R staged[kShort + L];
-    const R* x = staged;
-    int64_t rest = row.n % L, full = row.n - rest, last = full;
-    uint64_t of_last = ~uint64_t{0};  // the lanes of the last vector that count
-    if (std::is_same_v<S, R> && row.stride == 1 && row.n >= L) {
-      x = reinterpret_cast<const R*>(row.scores);
-      last = row.n - L;
-      of_last <<= L - rest;
-    } else {
-      store(staged + full, splat(R(NAN)));
-      gather(row.scores, row.stride, row.n, staged);
-    }
-    auto count = [&](const auto& bits_of) __attribute__((always_inline)) {
-      int64_t sum = 0;
-      for (int64_t i = 0; i < full; i += L) sum += std::popcount(bits_of(load<R>(x + i)));
-      if (rest) sum += std::popcount(bits_of(load<R>(x + last)) & of_last);
-      return sum;
-    };
-    if (judged.count > L / 2) {
-      static_assert(kCounted == 4 * L);
-      int64_t vectors = (judged.count + L - 1) / L;
-      if (vectors == 1) compare_beside<1>(x, row.n, larger, equal);
-      if (vectors == 2) compare_beside<2>(x, row.n, larger, equal);
-      if (vectors == 3) compare_beside<3>(x, row.n, larger, equal);
-      if (vectors == 4) compare_beside<4>(x, row.n, larger, equal);
-    } else {
-      for (int64_t j = 0; j < judged.count; ++j) {
-        Vec<R> score = splat(score_[j]);
-        larger[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return larger_bits(v, score); });
-        equal[j] = count([&](Vec<R> v) __attribute__((always_inline)) { return equal_bits(v, score); });
-      }
-    }
-    return count([](Vec<R> v) __attribute__((always_inline)) { return equal_bits(v, v); });
+    std::memcpy(larger_, more, sizeof(more));
+    std::memcpy(equal_, same, sizeof(same));
   }
 
   // A group whose order is that of the positions.
@@ -873,7 +979,6 @@ class Ranker {
   }
 
   static constexpr int64_t kCounted = 4 * L;  // up to so many judged documents, counting is faster
-  static constexpr int64_t kShort = 512;      // documents of a row whose counts are not worth vectors
 
   const Arguments& a_;
   const ranking::Options& o_;
@@ -881,13 +986,16 @@ class Ranker {
   int64_t step_;
   bool of_all_ranks_ = false, by_relevant_ = false;  // metrics without cut-off; with n_rel as theirs
   int64_t longest_cut_ = 0;
+  bool plain_;  // each judged document is relevant, and its target its gain
 
-  Buffer<double> gains_;  // of the judged documents, then of those not retrieved
-  std::vector<Group> groups_;
+  Buffer<double> gains_;  // of the judged documents, then of those not retrieved, where they are not plain
+  const double* gain_;    // of the judged documents
+  Groups groups_;
+  Untied untied_;
   int32_t relevant_before_ = 0;
-  bool alone_ = true;  // each group is one document
-  // By counting: the judged documents' scores.
+  // By counting: the judged documents' scores, and how many are larger and equal.
   R score_[kCounted + L];
+  Int<R> larger_[kCounted], equal_[kCounted];
   Buffer<IntVec<R>> counts_;
   // By sorting.
   Buffer<int32_t> id_;
