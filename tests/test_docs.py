@@ -6,9 +6,11 @@ import dataclasses
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import pydoc
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths, library_paths
 
 import torchfast
 from torchfast import _register, info, losses, metrics, selftest
@@ -166,6 +169,36 @@ def test_the_examples_of_a_page_run(page, registries):
             doctest.DocTestRunner().run(test, out=report.append, clear_globs=False)
             assert not report, "".join(report)
             namespace = test.globs
+
+
+NATIVE = """
+import pathlib, sys, torch
+exec(pathlib.Path(sys.argv[1]).read_text())
+torch.ops.load_library(sys.argv[2])
+assert torch._C._dispatch_has_kernel_for_dispatch_key("torchfast::log_cosh_backward", "CPU")
+from torchfast.selftest import DTYPES, check
+for dtype in DTYPES:
+    row = check(_op, "cpu", dtype)
+    assert row.samples and not row.failures, row
+"""
+
+
+def test_the_native_kernel_of_the_page_for_contributors_builds_and_is_right(tmp_path):
+    compiler = os.environ.get("CXX", "c++").split()
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("there is no C++ compiler")
+    found = list(blocks(DOCS / "contributing.md"))
+    op, kernel, library = (tmp_path / name for name in ("log_cosh.py", "cpu/log_cosh.cpp", "log_cosh.so"))
+    kernel.parent.mkdir()
+    op.write_text(next(text for language, _, text in found if language == "python"))
+    kernel.write_text(next(text for language, _, text in found if language == "cpp"))
+    flags = "-shared -fPIC -O1 -std=c++20 -Wall -Werror -Wno-psabi -DTORCH_TARGET_VERSION=0x020a000000000000".split()
+    flags += [f"-I{path}" for path in (tmp_path, ROOT / "csrc", ROOT / "csrc" / "cpu", *include_paths())]
+    linked = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
+    done = subprocess.run([*compiler, *flags, kernel, *linked, "-o", library], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", NATIVE, op, library], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_guides_have_examples():
