@@ -176,9 +176,9 @@ import pathlib, sys, torch
 exec(pathlib.Path(sys.argv[1]).read_text())
 torch.ops.load_library(sys.argv[2])
 assert torch._C._dispatch_has_kernel_for_dispatch_key("torchfast::log_cosh_backward", "CPU")
-from torchfast.selftest import DTYPES, check
-for dtype in DTYPES:
-    row = check(_op, "cpu", dtype)
+from torchfast import selftest
+for dtype in selftest.DTYPES:
+    row = selftest.check(_op, "cpu", dtype)
     assert row.samples and not row.failures, row
 """
 
