@@ -1,12 +1,12 @@
-# make demo | test | bench | lint | types | clean. Each first does `make setup`, which creates .venv,
+# make demo | test | bench | docs | lint | types | clean. Each first does `make setup`, which creates .venv,
 # installs the pinned development environment and builds the extension; it does nothing when up to date.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
-PY_CODE := setup.py torchfast tests benchmarks examples
+PY_CODE := setup.py torchfast tests benchmarks examples docs
 CPP_CODE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup demo test lint types bench clean
+.PHONY: setup demo test lint types bench docs clean
 
 setup: .venv/built
 
@@ -50,5 +50,8 @@ bench: setup
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/plot.py
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info torchfast/_C*.so
+	rm -rf .venv build dist site *.egg-info torchfast/_C*.so

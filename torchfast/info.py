@@ -17,6 +17,8 @@ import torchfast
 from torchfast import _native, _triton
 from torchfast._register import metrics, registry
 
+__all__ = ["report"]
+
 
 def _guard(probe: Callable[[], Any]) -> Any:
     try:

@@ -30,6 +30,8 @@ from torchfast import _triton
 from torchfast._register import Metric, Op, Sample, metrics, registry
 from torchfast.info import _guard, _kernel, report
 
+__all__ = ["Row", "available_devices", "check", "checked", "errors"]
+
 ROUNDINGS = 64
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -87,6 +89,13 @@ class Recorder(TorchDispatchMode):
 
 def errors(actual: Tensor, truth: Tensor) -> Tensor:
     """Of each element, as a multiple of what rounding explains: above 1 is wrong.
+
+    Args:
+        actual: values in the dtype that they were computed in, any shape.
+        truth: float64, the shape of ``actual``.
+
+    Raises:
+        RuntimeError: the shapes differ and cannot be broadcast.
 
     Example:
         >>> import torch
@@ -162,7 +171,14 @@ def _comparisons(op: Op | Metric, sample: Sample) -> Iterator[tuple[float, str |
 
 @dataclass
 class Row:
-    """What one op gave on one device in one dtype."""
+    """What one op gave on one device in one dtype.
+
+    Args:
+        op, device, kernel, dtype: what was checked; ``kernel`` is ``"native"``, ``"triton"`` or ``"reference"``.
+        samples: the number of calls.
+        max_error: the largest error, as of :func:`errors`: above 1 is wrong, inf where a sample raised.
+        failures: what is wrong, one line each.
+    """
 
     op: str
     device: str
@@ -173,12 +189,22 @@ class Row:
     failures: list[str] = field(default_factory=list)
 
     def fail(self, what: str, error: Exception) -> None:
+        """Adds an exception."""
         self.max_error = math.inf
         self.failures.append(f"{what}: {type(error).__name__}: {error}")
 
 
 def check(op: Op | Metric, device: str, dtype: torch.dtype) -> Row:
     """Compares every sample of an op with the truth. What a sample raises is a failure of that sample.
+
+    Args:
+        op: one of :func:`checked`.
+        device: ``"cpu"``, or another of :func:`available_devices`.
+        dtype: of the samples' logits or scores: float16, bfloat16, float32 or float64. Other shapes and dtypes are the
+            samples' own.
+
+    Raises:
+        RuntimeError: ``device`` names no kind of device that torch knows.
 
     Example:
         >>> import torch

@@ -37,6 +37,8 @@ from torchfast._register import _define, registry
 from torchfast.losses.cross_entropy.functional import check_options, check_tensors
 from torchfast.losses.cross_entropy.modules import CrossEntropyLoss
 
+__all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy"]
+
 _HALF = (torch.bfloat16, torch.float16)
 _row_losses = registry["cross_entropy"]
 _write_gradient = torch.ops.torchfast.cross_entropy_backward_.default
@@ -448,8 +450,15 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
     class) with every option of :func:`linear_cross_entropy`.
 
     ``linear`` is the classifier, a :class:`torch.nn.Linear`; to tie it to an embedding, assign
-    ``criterion.linear.weight = embedding.weight``. ``options`` are those of :class:`torchfast.CrossEntropyLoss`, but
-    for ``inplace_backward``: there are no logits to write over.
+    ``criterion.linear.weight = embedding.weight``.
+
+    Args:
+        in_features: D, the features of a hidden state.
+        num_classes: V, the rows of the classifier.
+        bias, device, dtype: as of :class:`torch.nn.Linear`, but without a bias by default.
+        chunk_size: as of :func:`linear_cross_entropy`.
+        options: those of :class:`torchfast.CrossEntropyLoss`, but for ``inplace_backward``: there are no logits to
+            write over.
 
     Example:
         >>> import torch, torchfast

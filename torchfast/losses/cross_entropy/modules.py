@@ -12,8 +12,9 @@ from torchfast.losses.cross_entropy.functional import cross_entropy
 class CrossEntropyLoss(nn.Module):
     """Drop-in for :class:`torch.nn.CrossEntropyLoss` with every option of :func:`cross_entropy`.
 
-    ``weight`` and a tensor ``alpha`` are buffers: they move with the module. ``sample_weight`` and
-    ``normalizer`` belong to the batch and are given to the call.
+    The arguments are torch's in torch's order, its deprecated ``size_average`` and ``reduce`` included, and then those
+    of :func:`cross_entropy`, which has their shapes, dtypes and errors. ``weight`` and a tensor ``alpha`` are buffers:
+    they move with the module. ``sample_weight`` and ``normalizer`` belong to the batch and are given to the call.
 
     Example:
         >>> import torch, torchfast
@@ -97,7 +98,9 @@ class CrossEntropyLoss(nn.Module):
 
 
 class FocalLoss(CrossEntropyLoss):
-    """Softmax focal loss: :class:`CrossEntropyLoss` whose first argument is ``gamma``.
+    """Softmax focal loss (Lin et al. 2017): :class:`CrossEntropyLoss` whose first argument is ``gamma``.
+
+    ``gamma`` and ``alpha``, then ``weight``, then by name all ``options`` of :class:`CrossEntropyLoss`.
 
     Example:
         >>> import torch, torchfast
@@ -117,7 +120,10 @@ class FocalLoss(CrossEntropyLoss):
 
 
 class LabelSmoothingCrossEntropy(CrossEntropyLoss):
-    """Cross entropy with label smoothing: :class:`CrossEntropyLoss` whose first argument is it.
+    """Cross entropy with label smoothing (Szegedy et al. 2016): :class:`CrossEntropyLoss` whose first argument is it.
+
+    ``smoothing`` is the ``label_smoothing`` of :func:`cross_entropy`; ``options`` are those of
+    :class:`CrossEntropyLoss`.
 
     Example:
         >>> import torch, torchfast

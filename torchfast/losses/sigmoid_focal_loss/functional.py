@@ -176,8 +176,8 @@ def asymmetric_loss(
     r"""Asymmetric loss for multi-label classification (Ridnik et al. 2021).
 
     :func:`sigmoid_focal_loss` without alpha, in the order and with the defaults of timm's
-    ``AsymmetricLossMultiLabel``, whose reduction is the sum. Takes every other option of
-    :func:`sigmoid_focal_loss`; shapes, dtypes and errors are the same.
+    ``AsymmetricLossMultiLabel``, whose reduction is the sum. ``gamma_pos`` is the ``gamma`` of positives. Takes every
+    other option of :func:`sigmoid_focal_loss`; shapes, dtypes, errors and formula are the same.
 
     Example:
         >>> import torch, torchfast

@@ -10,7 +10,7 @@ from torchfast.losses.sigmoid_focal_loss.functional import sigmoid_focal_loss
 
 
 class SigmoidFocalLoss(nn.Module):
-    """:func:`sigmoid_focal_loss` as a module, with all of its options.
+    """:func:`sigmoid_focal_loss` as a module, with all of its options: shapes, dtypes and errors are the same.
 
     ``weight`` and ``pos_weight`` are buffers: they move with the module. ``mask`` and ``normalizer`` belong
     to the batch and are given to the call.

@@ -276,7 +276,7 @@ def f1_score(preds: Tensor, target: Tensor, *, average: str | None = None, **opt
 
 
 def fbeta_score(preds: Tensor, target: Tensor, beta: float, *, average: str | None = None, **options: Any) -> Tensor:
-    """F-measure that weighs recall beta times as much as precision; ``options``: :func:`classification_metrics`.
+    """F-measure that weighs recall ``beta`` times as much as precision; ``options``: :func:`classification_metrics`.
 
     ``average`` as of :func:`precision`.
 
@@ -308,7 +308,8 @@ def confusion_matrix(preds: Tensor, target: Tensor, *, normalize: str | None = N
 def roc_auc_score(preds: Tensor, target: Tensor, *, average: str | None = None, **options: Any) -> Tensor:
     """Area under the ROC curve, exact, ties included; ``options`` are those of :func:`classification_metrics`.
 
-    It is the probability that a positive sample has a larger score than a negative one, ties counting half.
+    It is the probability that a positive sample has a larger score than a negative one, ties counting half; the formula
+    is in :mod:`torchfast.metrics.classification.areas`.
     ``average`` of several classes: ``"macro"`` (default), ``"micro"``, ``"weighted"`` or ``"none"``.
 
     Example:
@@ -323,7 +324,7 @@ def roc_auc_score(preds: Tensor, target: Tensor, *, average: str | None = None, 
 def average_precision_score(preds: Tensor, target: Tensor, *, average: str | None = None, **options: Any) -> Tensor:
     """Area under the precision-recall curve, in steps; ``options`` are those of :func:`classification_metrics`.
 
-    ``average`` as of :func:`roc_auc_score`.
+    ``average`` as of :func:`roc_auc_score`; the formula is in :mod:`torchfast.metrics.classification.areas`.
 
     Example:
         >>> import torch

@@ -195,7 +195,9 @@ def _one(kind: str, preds: Tensor, target: Tensor, k: int | None, options: dict[
 
 
 def ndcg(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> Tensor:
-    """Normalised discounted cumulative gain; ``options`` are those of :func:`ranking_metrics`.
+    """Normalised discounted cumulative gain of the first ``k`` documents (default: of all).
+
+    ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 
     Example:
         >>> import torch
@@ -207,7 +209,9 @@ def ndcg(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) ->
 
 
 def mrr(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> Tensor:
-    """Mean reciprocal rank of the first relevant document; ``options`` are those of :func:`ranking_metrics`.
+    """Mean reciprocal rank of the first relevant document, 0 where that is not among the first ``k`` (default: any).
+
+    ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 
     Example:
         >>> import torch
@@ -219,7 +223,9 @@ def mrr(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> 
 
 
 def mean_average_precision(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> Tensor:
-    """Mean average precision; ``options`` are those of :func:`ranking_metrics`.
+    """Mean average precision over the relevant documents among the first ``k`` (default: all).
+
+    ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 
     Example:
         >>> import torch
@@ -231,7 +237,9 @@ def mean_average_precision(preds: Tensor, target: Tensor, k: int | None = None, 
 
 
 def precision(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> Tensor:
-    """The share of relevant documents among the first k; ``options`` are those of :func:`ranking_metrics`.
+    """The share of the first ``k`` documents (default: of all) that is relevant.
+
+    ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 
     Example:
         >>> import torch
@@ -243,7 +251,9 @@ def precision(preds: Tensor, target: Tensor, k: int | None = None, **options: An
 
 
 def recall(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> Tensor:
-    """The share of the relevant documents among the first k; ``options`` are those of :func:`ranking_metrics`.
+    """The share of the relevant documents that is among the first ``k`` (default: all).
+
+    ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 
     Example:
         >>> import torch
@@ -255,7 +265,9 @@ def recall(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) 
 
 
 def hit_rate(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> Tensor:
-    """Whether one of the first k documents is relevant; ``options`` are those of :func:`ranking_metrics`.
+    """Whether one of the first ``k`` documents (default: any) is relevant: the share of such queries.
+
+    ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 
     Example:
         >>> import torch
@@ -267,7 +279,9 @@ def hit_rate(preds: Tensor, target: Tensor, k: int | None = None, **options: Any
 
 
 def r_precision(preds: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """Precision at the number of relevant documents; ``options`` are those of :func:`ranking_metrics`.
+    """Precision at the number of relevant documents.
+
+    ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 
     Example:
         >>> import torch

@@ -216,7 +216,7 @@ def _one(preds: Tensor, target: Tensor, name: str, options: dict[str, Any]) -> T
 
 
 def mean_absolute_error(preds: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """The mean of \\|target - preds\\|; ``options`` are those of :func:`regression_metrics`.
+    """The mean of abs(target - preds); ``options`` are those of :func:`regression_metrics`.
 
     Example:
         >>> import torch
