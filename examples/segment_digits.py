@@ -1,6 +1,6 @@
 r"""Finds the pixels of handwritten digits that lie on a photograph: segmentation with rare classes and void pixels.
 
-    python examples/segment_digits.py            # a quarter of a minute on two cores
+    python examples/segment_digits.py            # half a minute
     python examples/segment_digits.py --quick    # a few seconds
 
 The digits and the photograph come with scikit-learn. Most pixels are background, 1% are of each digit, and the faint
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     seen, unseen, seen_labels, unseen_labels = train_test_split(
         digits.reshape(-1, DIGIT, DIGIT), labels, test_size=0.3, random_state=0, stratify=labels
     )
-    images, classes = scatter(seen, seen_labels, 256 if quick else 768, seed=1)
+    images, classes = scatter(seen, seen_labels, 256 if quick else 512, seed=1)
     test = scatter(unseen, unseen_labels, 256, seed=2)
 
     share = classes[classes != VOID].bincount() / (classes != VOID).sum()
