@@ -116,11 +116,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         "weighted": torchfast.CrossEntropyLoss(weight, ignore_index=VOID),
         "focal": torchfast.FocalLoss(gamma=2.0, ignore_index=VOID),
     }
+    difference = largest_difference(images, classes, weight)
+    assert difference < 1e-5, difference
     console = Console()
     console.print(
         f"{share[BACKGROUND]:.0%} background, {share[:BACKGROUND].min():.1%} to {share[:BACKGROUND].max():.1%} of each "
         f"digit, {(classes == VOID).float().mean():.0%} void. Loss and gradient with weights differ from PyTorch's by "
-        f"{largest_difference(images, classes, weight):.0e}.",
+        f"{difference:.0e}.",
         highlight=False,
     )
     found = {}
