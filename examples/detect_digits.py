@@ -91,10 +91,10 @@ def average_precision(model: nn.Module, images: Tensor, ids: Tensor) -> float:
     return float(average_precision_score(truth.flatten(), scores.flatten()))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images, few epochs, one seed")
-    quick = parser.parse_args().quick
+    quick = parser.parse_args(argv).quick
     epochs, seeds, size = (3, 1, 1024) if quick else (8, 2, 1536)
 
     digits, labels = load_digits(return_X_y=True)
@@ -106,11 +106,14 @@ def main() -> None:
     table = Table(title=f"{(test_ids >= 0).sum()} unseen digits in {test_ids.numel()} cells")
     for column in ("loss", "average precision", "seconds"):
         table.add_column(column, justify="left" if column == "loss" else "right")
+    all_found = {}
     for name, options in LOSSES.items():
         start = time.perf_counter()
         found = [average_precision(train(options, images, ids, epochs, s), test_images, test_ids) for s in range(seeds)]
+        all_found[name] = found
         table.add_row(name, " ".join(f"{ap:.3f}" for ap in found), f"{time.perf_counter() - start:.0f}")
     Console().print(table)
+    return all_found
 
 
 if __name__ == "__main__":

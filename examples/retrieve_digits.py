@@ -76,10 +76,10 @@ def by_torchmetrics(scores: Tensor, relevant: Tensor, others: Tensor) -> dict[st
     return {name: metric(positive, relevance, indexes=queries).item() for name, metric in metrics.items()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> dict[str, dict[str, Tensor]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few epochs, fewer queries")
-    quick = parser.parse_args().quick
+    quick = parser.parse_args(argv).quick
     torch.manual_seed(0)
     train_images, train_labels, images, labels = digits()
     if quick:
@@ -87,15 +87,16 @@ def main() -> None:
     embeddings = {
         "pixels": nn.Flatten(),
         "untrained network": network()[0],
-        "trained network": train(train_images, train_labels, 3 if quick else 20),
+        "trained network": train(train_images, train_labels, 10 if quick else 20),
     }
     table = Table(title=f"Retrieval among {len(images)} unseen digits: each one a query, same class = relevant")
     table.add_column("embedding")
     for name in METRICS:
         table.add_column(name, justify="right")
+    all_found = {}
     for name, embed in embeddings.items():
         scores, relevant, others = rank(embed, images, labels)
-        found = ranking_metrics(scores, relevant, METRICS, mask=others)
+        found = all_found[name] = ranking_metrics(scores, relevant, METRICS, mask=others)
         table.add_row(name, *(f"{found[metric]:.4f}" for metric in METRICS))
     console = Console()
     console.print(table)
@@ -118,6 +119,7 @@ def main() -> None:
         f"RankingMetrics in batches: the same to 1e-12, {1e3 * ours:.1f} ms; "
         f"torchmetrics: {', '.join(peer)} the same to 1e-6, {1e3 * theirs:.0f} ms"
     )
+    return all_found
 
 
 if __name__ == "__main__":

@@ -1,21 +1,88 @@
-"""The examples run to their end, as `make demo` runs them but shorter."""
+"""The examples run as they are, but shorter, and what they train has learned."""
 
-import subprocess
-import sys
+import itertools
+import runpy
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("sklearn", reason="the examples' data is scikit-learn's, which is not installed")
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_an_example_runs(name, tmp_path, request):
+@pytest.fixture
+def main(name, request):
+    """The function of an example."""
     if request.config.getoption("--kernel"):
         pytest.skip("the examples run on the kernels that are installed; the default run does that")
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are small
+    yield runpy.run_path(str(EXAMPLES / name))["main"]
+    torch.set_num_threads(threads)
+
+
+def train_digits(main, tmp_path):
+    picture = tmp_path / "curves.png"
+    runs = main(["--quick", "--device", "cpu", "--out", str(picture)])
+    assert len(runs) == 3 * 4  # schedules, losses
+    assert picture.stat().st_size > 10_000
+    for run in runs:
+        losses, _, rates = zip(*(epoch.values() for epoch in run.history), strict=True)
+        assert losses[-1] < losses[0]
+        assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
+        assert rates[-1] < rates[0] or "Plateau" in run.recipe
+        if "Plateau" in run.recipe:  # the others stop early
+            assert run.scores["accuracy"] > 40
+
+
+def train_language_model(main, tmp_path):
+    found = main(["--quick"])
+    assert found["perplexity"] < 0.6 * found["of counting"]
+    if found["one step"] is not None:
+        assert found["one step"] < 0.5 * found["two steps"]
+
+
+def segment_digits(main, tmp_path):
+    found = main(["--quick"])
+    assert all(scores["background"] > 0.9 for scores in found.values())
+    assert found["weighted"]["digits"] > max(0.25, 1.5 * found["cross entropy"]["digits"])
+
+
+def detect_digits(main, tmp_path):
+    found = main(["--quick"])
+    assert all(precision > 0.3 for precisions in found.values() for precision in precisions)  # of chance: 0.005
+
+
+def retrieve_digits(main, tmp_path):
+    found = main(["--quick"])
+    assert found["trained network"]["map"] > found["pixels"]["map"] + 0.1
+    assert found["trained network"]["mrr"] > 0.9
+
+
+def with_lightning(main, tmp_path):
+    found = main()
+    assert found["accuracy"] > 0.9 and found["f1@macro"] > 0.9
+    assert found["accuracy"] < found["mrr"] < found["accuracy@3"]
+
+
+def with_ignite(main, tmp_path):
+    found = main()
+    assert set(found) == {"accuracy", "accuracy@3", "f1@macro"}
+    assert found["accuracy"] > 0.9 and found["f1@macro"] > 0.9
+
+
+def with_transformers(main, tmp_path):
+    found = main()
+    assert found["eval_loss"] < 2.9  # of the frequencies of bytes: 3.26
+    assert found["eval_accuracy"] > 0.2 and found["eval_accuracy@5"] > 0.5
+
+
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")))
+def test_what_an_example_trains_has_learned(name, main, tmp_path):
+    globals()[Path(name).stem](main, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["recipes/with_transformers.py"])
+def test_accumulated_gradients_are_those_of_one_batch(name, main):
+    one, four = main(steps=8, batch=16, accumulate=1), main(steps=8, batch=4, accumulate=4)
+    assert abs(one["eval_loss"] - four["eval_loss"]) < 1e-4
