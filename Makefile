@@ -49,6 +49,7 @@ types: setup
 bench: setup
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/readme.py
 
 docs: setup
 	$(BIN)/mkdocs build --strict

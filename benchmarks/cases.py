@@ -367,6 +367,8 @@ def cases() -> Iterator[Case]:
         yield softmax_case("tiny", FOCAL, shape, aims=Aims(eager=2))
     for doubling in range(7):
         yield softmax_case("scaling", CE_LS, (512 * 2**doubling, 1000))
+    for doubling in range(7):
+        yield sigmoid_case("scaling", SIGMOID_FOCAL, (4096 * 2**doubling, 80))
 
 
 def gpu_cases() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""The classification metrics' cases: areas and decisions of 1M binary scores, decisions of 1000 classes.
+"""The classification and regression metrics' cases: areas and decisions of 1M scores, of 1000 classes; errors of 1M.
 
 Of a contender's values the first ones are compared: not every library has all. Scores are distinct, so that sorting
 alone is enough for naive torch. A metric has no gradient.
@@ -14,7 +14,7 @@ import torch
 from cases import NO_AIMS, Aims, Case, Inputs, Step
 from torch import Tensor
 
-from torchfast.metrics import classification_metrics
+from torchfast.metrics import classification_metrics, regression_metrics
 
 
 class Values(NamedTuple):
@@ -83,21 +83,24 @@ def areas_by_sklearn(scores: Tensor, target: Tensor) -> Tensor:
     return torch.tensor([roc_auc_score(target.numpy(), scores.numpy())])
 
 
-def areas_case(samples: int) -> Case:
+def areas_case(samples: int, family: str = "classification") -> Case:
     peers = {
         "torchmetrics, ROC AUC alone": ("torchmetrics", areas_by_torchmetrics),
         "torcheval, ROC AUC alone": ("torcheval", areas_by_torcheval),
         "scikit-learn, ROC AUC alone": ("sklearn", areas_by_sklearn),
     }
+    steps = {"torchfast": fast_areas, "eager": naive_areas}
+    if family != "scaling":
+        steps |= {"torchfast, ROC AUC alone": fast_roc} | available(peers)
     return Case(
-        "classification",
+        family,
         "ROC AUC + average precision",
         (samples,),
         torch.float32,
         lambda device: scored(samples, device),
-        {"torchfast": fast_areas, "eager": naive_areas, "torchfast, ROC AUC alone": fast_roc} | available(peers),
+        steps,
         lambda scores, target: Values(naive_areas(scores, target)),
-        Aims(eager=1),
+        NO_AIMS if family == "scaling" else Aims(eager=1),
         floors={"sort": lambda scores, _: scores.sort().values},
     )
 
@@ -217,8 +220,58 @@ def multiclass_case(shape: tuple[int, int]) -> Case:
     )
 
 
+# ---- Errors of regression ------------------------------------------------------------------------
+
+ERRORS = ("mae", "mse", "rmse", "r2")
+
+
+def naive_errors(preds: Tensor, target: Tensor) -> Tensor:
+    difference = target - preds
+    mse = difference.square().mean()
+    r2 = 1 - mse / target.var(correction=0)
+    return torch.stack([difference.abs().mean(), mse, mse.sqrt(), r2])
+
+
+def errors_by_torchmetrics(preds: Tensor, target: Tensor) -> Tensor:
+    from torchmetrics import functional as f
+
+    mse = f.mean_squared_error(preds, target)
+    return torch.stack([f.mean_absolute_error(preds, target), mse, mse.sqrt(), f.r2_score(preds, target)])
+
+
+def errors_by_sklearn(preds: Tensor, target: Tensor) -> Tensor:
+    from sklearn import metrics
+
+    y, p = target.numpy(), preds.numpy()
+    mse = metrics.mean_squared_error(y, p)
+    return torch.tensor([metrics.mean_absolute_error(y, p), mse, mse**0.5, metrics.r2_score(y, p)])
+
+
+def errors_case(samples: int) -> Case:
+    def setup(device: str) -> Inputs:
+        target = torch.randn(samples, device=device)
+        return target + 0.5 * torch.randn(samples, device=device), target
+
+    peers = {"torchmetrics": ("torchmetrics", errors_by_torchmetrics), "scikit-learn": ("sklearn", errors_by_sklearn)}
+    return Case(
+        "regression",
+        "MAE + MSE + RMSE + R2",
+        (samples,),
+        torch.float32,
+        setup,
+        {"torchfast": lambda p, y: listed(regression_metrics(p, y, ERRORS)), "eager": naive_errors} | available(peers),
+        lambda preds, target: Values(naive_errors(preds.double(), target.double())),
+        Aims(eager=1),
+        floors={"read": lambda preds, target: preds.sum() + target.sum()},
+    )
+
+
 def classification_cases() -> Iterator[Case]:
     yield areas_case(1_000_000)
     yield binary_case(1_000_000)
     yield multiclass_case((65536, 1000))
     yield multiclass_case((1_000_000, 10))
+    yield errors_case(1_000_000)
+    yield errors_case(16_000_000)
+    for doubling in range(7):
+        yield areas_case(62_500 * 2**doubling, "scaling")

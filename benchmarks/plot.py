@@ -121,19 +121,28 @@ def family_picture(rows: list[Row], family: str) -> Figure:
     for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
         bars(axes, cases, dtype, FLOORS | {"clone": "classifier.clone()"} if family == "linear" else FLOORS)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
-    metrics = {"ranking": "NDCG@10, MRR, MAP", "classification": "metrics"}
+    metrics = {"ranking": "NDCG@10, MRR, MAP", "classification": "metrics", "regression": "metrics"}
     what = metrics.get(family.partition(" ")[0], "loss + gradient")
     figure.suptitle(f"{family}: {what}", x=0.01, ha="left", fontsize=11)
     return figure
 
 
 def scaling_picture(rows: list[Row]) -> Figure:
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, panels = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 4), squeeze=False, layout="constrained")
+    for axes, case in zip(panels[0], cases, strict=True):
+        curve(axes, [row for row in rows if row["case"] == case])
+    panels[0][0].set_ylabel("median time")
+    return figure
+
+
+def curve(axes: Axes, rows: list[Row]) -> None:
+    """Time against size: a straight line where a doubling doubles."""
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
         if row["what"] in ("fwd+bwd", "floor") and row["contender"] in COLORS and row["p50_ms"]:
             elements = math.prod(map(int, row["shape"].split("x")))
             curves[row["contender"]].append((elements, float(row["p50_ms"])))
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, color in COLORS.items():
         if points := sorted(curves[name]):
             elements, ms = zip(*points, strict=True)
@@ -145,13 +154,11 @@ def scaling_picture(rows: list[Row]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: time_text(value))
-    axes.set_xlabel("logits (elements)")
-    axes.set_ylabel("loss and gradient, median")
+    axes.set_xlabel("logits or scores")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8)
-    axes.set_title(f"scaling: {rows[0]['case']}, {rows[0]['dtype']}", loc="left", fontsize=11)
-    return figure
+    axes.set_title(f"{rows[0]['case']}, {rows[0]['dtype']}", loc="left", fontsize=10)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from cases import Aims, Case, Inputs, Step
+from cases import NO_AIMS, Aims, Case, Inputs, Step
 from torch import Tensor
 
 from torchfast.metrics import ranking_metrics
@@ -166,13 +166,15 @@ def read(preds: Tensor, target: Tensor) -> Tensor:
     return preds.sum() + target.flatten().view(torch.int64).sum()
 
 
-def ranking_case(shape: tuple[int, int], relevant: int, aims: Aims, *, peers: bool = False) -> Case:
+def ranking_case(
+    shape: tuple[int, int], relevant: int, aims: Aims, *, peers: bool = False, family: str = "ranking"
+) -> Case:
     steps = {"torchfast": fast, "eager": naive}
     if peers:
         steps |= {name: step for name, (module, step) in PEERS.items() if importlib.util.find_spec(module)}
     return Case(
-        "ranking peers" if peers else "ranking",
-        f"{relevant} relevant" + ", graded" * peers,
+        family + " peers" * peers,
+        "ranking, " * (family == "scaling") + f"{relevant} relevant" + ", graded" * peers,
         shape,
         torch.float32,
         lambda device: ranking_inputs(shape, relevant, peers, device),
@@ -192,3 +194,5 @@ def ranking_cases() -> Iterator[Case]:
     yield ranking_case((10_000, 1000), 500, half)
     yield ranking_case((500, 50_000), 20, few._replace(read=2))
     yield ranking_case((10_000, 100), 10, few, peers=True)
+    for doubling in range(7):
+        yield ranking_case((1250 * 2**doubling, 100), 10, NO_AIMS, family="scaling")

@@ -330,7 +330,8 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
     for heading in "ms", "fwd ms", "eager", "compile", "clone", "read", "memory", "eager's", "aims":
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", min_width=14)
-    notes, others, curve, family = [], [], [], None
+    notes, others, family = [], [], None
+    curves: dict[str, list[tuple[int, float]]] = {}
     for case, rows in results:
         times = {name: median(rows, name) for name in CONTENDERS}
         ours = times["torchfast"]
@@ -345,7 +346,7 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
                 if name not in CONTENDERS and (t := median(rows, name, timings(name)[-1]))
             ]
         if ours and case.family == "scaling":
-            curve.append((math.prod(case.shape), ours))
+            curves.setdefault(case.name, []).append((math.prod(case.shape), ours))
         if case.family != family:
             table.add_section()
         family = case.family
@@ -361,8 +362,9 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
     console.print(table)
     console.print("aims: at least / at least / at most / at most, of these ratios; half: half of the aim is reached")
     console.print("memory: extra at the peak until the loss > until the gradient, in sizes of the logits")
-    for (elements, before), (_, after) in itertools.pairwise(curve):
-        console.print(f"{elements:>11,} elements doubled: time x {after / before:.2f}", highlight=False)
+    for name, curve in curves.items():
+        steps = (f"{n:,}: x{after / before:.2f}" for (n, before), (_, after) in itertools.pairwise(curve))
+        console.print(f"{name}: time after doubling so many elements: {', '.join(steps)}", highlight=False)
     for line in others:
         console.print(line, highlight=False, markup=False)
     for note in notes:
@@ -387,7 +389,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="default: benchmarks/results/<device>.csv")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
-    parser.add_argument("--budget", type=float, help="seconds of timing per case; default 5, quick 1")
+    parser.add_argument("--budget", type=float, help="seconds of timing per case; default 3, quick 1")
     gpu = parser.add_argument_group("of the GPU's benchmark")
     gpu.add_argument("--dry-run", action="store_true", help="all but the GPU: what would run, on tensors without data")
     gpu.add_argument("--bandwidth", type=float, default=3350, help="GB/s that a dry run assumes; default an H100's")
@@ -398,7 +400,7 @@ def parse() -> argparse.Namespace:
     if args.autotune and args.device == "cpu":
         parser.error("--autotune needs --device cuda or --dry-run")
     args.csv = args.csv or HERE / "results" / f"{args.device}.csv"
-    args.budget = args.budget or (1.0 if args.quick else 5.0)
+    args.budget = args.budget or (1.0 if args.quick else 3.0)
     args.rounds = 1 if args.dry_run else 3 if args.quick else 5
     return args
 

@@ -83,6 +83,12 @@ def test_without_a_gpu_it_says_what_is_missing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_every_figure_of_the_readme_is_a_row_of_the_results():
+    code = "import readme; now = readme.README.read_text(); print(readme.written(now, readme.newest_run(CSV)) == now)"
+    done = run(code=code.replace("CSV", f"readme.HERE / {'results/cpu.csv'!r}"))
+    assert done.stdout == "True\n", done.stdout + done.stderr
+
+
 @needs_triton
 def test_a_dry_run_knows_every_case_and_what_it_moves(gpu_cases, launches, csv):
     assert list(launches) == gpu_cases
