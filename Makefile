@@ -30,11 +30,11 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 # Everything, and then what the kernels of each mode change: tests/conftest.py has the rule.
 test: setup lint types
-	$(PYTEST)
+	$(PYTEST) $(addprefix --ignore=,$(TRITON))
 	TORCHFAST_ISA=avx2 $(PYTEST) $(LOSSES) $(METRICS)
 	TORCHFAST_ISA=baseline $(PYTEST) $(LOSSES) $(METRICS)
 	$(PYTEST) --kernel reference $(LOSSES) $(METRICS) tests/test_selftest.py
-	$(BIN)/python tests/cuda_emulator -q -n auto tests/test_ranking.py tests/test_metric_ops.py
+	$(BIN)/python tests/cuda_emulator -q -n auto -k ranking tests/test_ranking.py tests/test_metric_ops.py
 	$(PYTEST) --kernel triton $(LOSSES) $(TRITON) tests/test_selftest.py
 
 lint: setup
