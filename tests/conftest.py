@@ -107,7 +107,9 @@ def pytest_collection_modifyitems(config, items):
 
 def every_pair(items):
     """Of a test's combinations of parameters: greedily, the one that has the most pairs which no other has yet."""
+    given = getattr(items[0], "callspec", None)
     axes = [mark.args[0].replace(",", " ").split() for mark in items[0].iter_markers("parametrize")]
+    axes += [[name] for name in (given.params if given else ()) if name not in itertools.chain(*axes)]
     if len(axes) <= 2:
         return items
 
