@@ -467,8 +467,10 @@ def test_sizes_around_those_of_vectors_tiles_and_blocks(options, kind, dtype, de
 @pytest.mark.parametrize("shape", [(15_000, 3), (700, 80), (3, 20_011), (2, 33, 40, 19), (40_000, 1)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [FOCAL, ASYMMETRIC, SMOOTHED], ids=["focal", "asymmetric", "smoothed"])
-def test_many_elements_of_any_shape_follow_the_formula(shape, kind, options, device):
+def test_many_elements_of_any_shape_follow_the_formula(shape, kind, options, device, kernel):
     """Large enough that kernels split the work over threads, at places of their own; all elements are compared."""
+    if kernel == "triton" and len(shape) == 2:  # which has no threads here
+        shape = (-(-shape[0] // 8), shape[1])
     x = 3 * torch.randn(shape, device=device)
     assert_follows_oracle(x, targets_of(kind, shape, device), **options)
 
