@@ -933,6 +933,8 @@ def test_expanded_and_strided_upstream(shape, device):
 @pytest.mark.parametrize("shape", [(40_000, 5), (70, 9_000), (2, 19, 64, 64)], ids=str)
 def test_bitwise_deterministic_where_threads_share_the_work(shape, reduction, device, kernel):
     """Run to run; also for any number of threads, but for the reference's torch.sum, which splits by it."""
+    if kernel == "triton":  # which has no threads here
+        shape = (shape[0] // 8 or 1, *shape[1:])
     x, t = torch.randn(shape, device=device), torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
     expected = loss_and_gradient(x, t, reduction=reduction, label_smoothing=0.1)
     threads = torch.get_num_threads()

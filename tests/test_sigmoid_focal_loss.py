@@ -937,6 +937,8 @@ def test_inputs_of_every_kind_are_left_alone(device):
 @pytest.mark.parametrize("shape", [(4000, 50), (7, 30_011)], ids=str)
 def test_bitwise_deterministic_where_threads_share_the_work(shape, reduction, kind, device, kernel):
     """Run to run; also for any number of threads, but for those of PyTorch's own ops."""
+    if kernel == "triton":  # which has no threads here
+        shape = (shape[0] // 8 or 1, shape[1])
     x, targets = torch.randn(shape, device=device), targets_of(kind, shape, device)
     expected = loss_and_gradient(x, targets, reduction=reduction)
     threads = torch.get_num_threads()
