@@ -26,15 +26,15 @@ demo: setup
 LOSSES := $(addprefix tests/test_,ops.py cross_entropy.py sigmoid_focal_loss.py linear_cross_entropy.py)
 METRICS := $(addprefix tests/test_,metric_ops.py ranking.py classification.py regression.py)
 TRITON := tests/test_triton_cross_entropy.py tests/test_triton_sigmoid_focal_loss.py
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # Everything, and then what the kernels of each mode change: tests/conftest.py has the rule.
 test: setup lint types
-	$(PYTEST) $(addprefix --ignore=,$(TRITON))
+	$(PYTEST) --dist loadfile $(addprefix --ignore=,$(TRITON))
 	TORCHFAST_ISA=avx2 $(PYTEST) $(LOSSES) $(METRICS)
 	TORCHFAST_ISA=baseline $(PYTEST) $(LOSSES) $(METRICS)
 	$(PYTEST) --kernel reference $(LOSSES) $(METRICS) tests/test_selftest.py
-	$(BIN)/python tests/cuda_emulator -q -n auto -k ranking tests/test_ranking.py tests/test_metric_ops.py
+	$(BIN)/python tests/cuda_emulator -q -n auto --dist worksteal -k ranking tests/test_ranking.py tests/test_metric_ops.py
 	$(PYTEST) --kernel triton $(LOSSES) $(TRITON) tests/test_selftest.py
 
 lint: setup

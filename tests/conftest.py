@@ -45,9 +45,6 @@ def devices(config):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "once(kernel): says nothing new of other kernels, or of this one")
-    config.addinivalue_line(
-        "markers", "xdist_group(name): in one process, one after the other; large groups come first"
-    )
     wanted = config.getoption("--kernel")
     if wanted in ("triton", "reference", "emulator"):  # before torchfast is imported
         os.environ["TORCHFAST_DISABLE_NATIVE"] = "1"
@@ -146,6 +143,16 @@ def kernel(device):
 @pytest.fixture(scope="session")
 def metrics_kernel(device):
     return served_by(device, metrics=True)
+
+
+@pytest.fixture
+def memory_of_one(tmp_path_factory):
+    """Of the tests that take 10 GB, one at a time, whatever the processes that pytest is run in."""
+    import fcntl
+
+    with open(tmp_path_factory.getbasetemp().parent / "memory_of_one", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)

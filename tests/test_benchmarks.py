@@ -17,7 +17,6 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the GPU's benchmark needs triton, which is not installed"
 )
 
-pytestmark = pytest.mark.xdist_group("benchmarks")
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 BYTES = {"fp32": 4, "bf16": 2}

@@ -968,7 +968,7 @@ def available_memory():
 
 @pytest.mark.parametrize("shape", [(70_000, 32_000), (2**25 + 7, 65), (1, 65, 2**25 + 7)], ids=str)
 @pytest.mark.once
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("memory_of_one")
 def test_more_than_2_to_the_31_elements(shape, device, kernel):
     """Row offsets are 64-bit: rows past element 2^31 are as right as the first ones."""
     if kernel == "reference" or (device, kernel) == ("cpu", "triton"):
@@ -1433,7 +1433,6 @@ def assert_agrees_with_torch(ours, theirs, x, target, weight=None, **options):
 
 @by_dtype
 @pytest.mark.once
-@pytest.mark.xdist_group("torch_cases")
 def test_module_inputs_of_torch(dtype, torch_cases, device):
     """All inputs that torch tests nn.CrossEntropyLoss with: forward and gradient."""
     info, _ = torch_cases
@@ -1456,7 +1455,6 @@ def test_module_inputs_of_torch(dtype, torch_cases, device):
 
 
 @pytest.mark.once
-@pytest.mark.xdist_group("torch_cases")
 def test_error_inputs_of_torch(torch_cases, device):
     """torch raises RuntimeError for most of these; a wrong argument is a ValueError or TypeError here."""
     info, _ = torch_cases
@@ -1470,7 +1468,6 @@ def test_error_inputs_of_torch(torch_cases, device):
 
 @by_dtype
 @pytest.mark.once
-@pytest.mark.xdist_group("torch_cases")
 def test_op_samples_of_torch(dtype, torch_cases, device):
     """All samples of torch's OpInfo of cross_entropy, also with gradients of the probabilities."""
     _, info = torch_cases

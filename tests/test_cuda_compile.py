@@ -20,7 +20,6 @@ from torchfast import _native
 if _native.unavailable_reason is not None or not torchfast._C.build_info()["cuda_archs"]:
     pytest.skip("this build has no CUDA code", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("cuda")
 ARCHS = [arch for arch in torchfast._C.build_info()["cuda_archs"].split() if arch.startswith("sm_")]
 READING = ("find_in_slice", "locate_in_slice")
 PLAN = {"rank_short": 128, "rank_long": 128, "evaluate_slot": 128, "sort_slot": 64} | dict.fromkeys(READING, 64)

@@ -6,7 +6,6 @@ import sys
 import cuda_emulator
 import pytest
 
-pytestmark = pytest.mark.xdist_group("emulator")
 CAUGHT = {
     "barrier": "wrong result",
     "barrier_before_reuse": "wrong result",

@@ -16,7 +16,6 @@ import torch
 import torchfast
 from torchfast import _native
 
-pytestmark = pytest.mark.xdist_group("install")
 ROOT = Path(__file__).parent.parent
 # An editable install's import hook would find this checkout's extension for the package under test.
 NO_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)];"

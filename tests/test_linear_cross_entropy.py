@@ -831,7 +831,6 @@ def assert_agrees_with_torch(x, w, target, linear_bias=None, **options):
 
 @by_dtype
 @pytest.mark.once
-@pytest.mark.xdist_group("torch_cases")
 def test_op_samples_of_torch(dtype, torch_cases, device):
     """Of classifiers of one output a class: ours has no other."""
     count = 0
@@ -847,7 +846,6 @@ def test_op_samples_of_torch(dtype, torch_cases, device):
 
 @by_dtype
 @pytest.mark.once
-@pytest.mark.xdist_group("torch_cases")
 def test_module_inputs_of_torch(dtype, torch_cases, device):
     info, _ = torch_cases
     count = 0
@@ -865,7 +863,6 @@ def test_module_inputs_of_torch(dtype, torch_cases, device):
 
 
 @pytest.mark.once
-@pytest.mark.xdist_group("torch_cases")
 def test_error_inputs_of_torch(torch_cases, device):
     """torch raises RuntimeError for most of these, and takes rows in several dimensions for an error."""
     count = 0

@@ -894,7 +894,7 @@ def test_compiles_as_one_graph_for_all_shapes(form, device):
     ids=["ten million queries", "ten million documents", "ten million documents, half of them relevant"],
 )
 @pytest.mark.once
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("memory_of_one")
 def test_ten_million_of_either_take_memory_of_the_order_of_the_input(shape, relevant, device, metrics_kernel):
     """Of one value for each query, and a sort of the documents of one query where many are relevant."""
     if (device, metrics_kernel) != ("cpu", "native"):

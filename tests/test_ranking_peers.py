@@ -10,7 +10,6 @@ import torch
 
 from torchfast.metrics import ranking_metrics
 
-pytestmark = pytest.mark.xdist_group("peers")
 TOLERANCE = 1e-6
 KS = (1, 3, 5, 10, 40)
 

@@ -995,7 +995,7 @@ def available_memory():
 
 
 @pytest.mark.once
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("memory_of_one")
 def test_more_than_2_to_the_31_elements(device, kernel):
     """Element offsets are 64-bit: elements past 2^31 are as right as the first ones."""
     if kernel == "reference" or (device, kernel) == ("cpu", "triton"):

@@ -24,8 +24,6 @@ from triton_audit import (
 
 from torchfast.losses.cross_entropy import triton_kernels, triton_launch
 
-pytestmark = pytest.mark.xdist_group("audit")
-
 
 @pytest.fixture(scope="session")
 def kernels():
