@@ -284,10 +284,10 @@ def test_weights_that_cancel_have_no_mean_and_no_gradient(device):
     assert loss == 0 and not any(g.any() for g in gradients)
 
 
-def test_a_class_out_of_range(device):
+def test_a_class_out_of_range(device, kernel):
     x, w, b, target = example(device)
     target[5] = 70
-    if torch.device(device).type == "cpu":
+    if torch.device(device).type == "cpu" and kernel != "triton":  # neither a GPU nor the interpreter is made to wait
         with pytest.raises(IndexError, match="70"):
             linear_cross_entropy(x, w, target)
         return
