@@ -23,20 +23,19 @@ demo: setup
 	$(BIN)/python examples/train_digits.py
 	$(BIN)/python examples/retrieve_digits.py
 
-BY_ISA := tests/test_cross_entropy.py tests/test_sigmoid_focal_loss.py tests/test_metric_ops.py \
-	tests/test_ranking.py tests/test_classification.py tests/test_regression.py
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
+LOSSES := $(addprefix tests/test_,ops.py cross_entropy.py sigmoid_focal_loss.py linear_cross_entropy.py)
+METRICS := $(addprefix tests/test_,metric_ops.py ranking.py classification.py regression.py)
+TRITON := tests/test_triton_cross_entropy.py tests/test_triton_sigmoid_focal_loss.py
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
 
-# The interpreter is slow, and the kernels of linear_cross_entropy are those of cross_entropy: some of its tests.
-IN_TRITON := not test_linear_cross_entropy or rows_need_not or retained_graph or ignored_row or bitwise
-
+# Everything, and then what the kernels of each mode change: tests/conftest.py has the rule.
 test: setup lint types
-	$(PYTEST)
-	TORCHFAST_ISA=avx2 $(PYTEST) $(BY_ISA)
-	TORCHFAST_ISA=baseline $(PYTEST) $(BY_ISA)
-	$(PYTEST) --kernel reference --deselect tests/test_install.py
-	$(BIN)/python tests/cuda_emulator -q -n auto tests/test_ranking.py tests/test_metric_ops.py
-	$(BIN)/python -m pytest -q -n auto --kernel triton --deselect tests/test_install.py -k "$(IN_TRITON)"
+	$(PYTEST) --dist loadfile $(addprefix --ignore=,$(TRITON))
+	TORCHFAST_ISA=avx2 $(PYTEST) $(LOSSES) $(METRICS)
+	TORCHFAST_ISA=baseline $(PYTEST) $(LOSSES) $(METRICS)
+	$(PYTEST) --kernel reference $(LOSSES) $(METRICS) tests/test_selftest.py
+	$(BIN)/python tests/cuda_emulator -q -n auto --dist worksteal -k ranking tests/test_ranking.py tests/test_metric_ops.py
+	$(PYTEST) --kernel triton $(LOSSES) $(TRITON) tests/test_selftest.py
 
 lint: setup
 	$(BIN)/ruff check $(PY_CODE)

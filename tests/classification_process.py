@@ -1,6 +1,6 @@
-"""One process of a distributed run of the metrics: ``classification_process.py RANK BATCHES INIT_FILE``.
+"""One process of a distributed run of the metrics: ``classification_process.py RANK RUNS INIT_FILE``.
 
-BATCHES says how many updates each process has, as in 3,0. Prints what ``compute`` gives, as JSON.
+RUNS says how many updates each process has in each run, as in [[3, 0]]. Prints what ``compute`` gives in each, as JSON.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,11 +59,7 @@ def metrics(weighted: bool) -> dict[tuple[str, str], Metric]:
     return made
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")  # of computing before the first update
-    rank, counts = int(sys.argv[1]), [int(n) for n in sys.argv[2].split(",")]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=len(counts))
+def run(rank: int, counts: list[int]) -> dict[str, Any]:
     found = {}
     for weighted in False, True:
         made = metrics(weighted)
@@ -76,7 +73,15 @@ def main() -> None:
             metric.sync()  # by hand, what compute has done and undone
             assert str(metric.compute()) == str(computed)
             metric.unsync()
-    print(json.dumps(found))
+    return found
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # of computing before the first update
+    rank, runs = int(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=len(runs[0]))
+    print(json.dumps([run(rank, counts) for counts in runs]))
     dist.destroy_process_group()
 
 

@@ -5,11 +5,19 @@ pytest -m gpu              the GPUs alone
 pytest --kernel triton     Triton's kernels on CPU tensors, in its interpreter
 pytest --kernel reference  plain PyTorch
 python tests/cuda_emulator the CUDA kernels of the metrics on CPU tensors, in an emulator
+TORCHFAST_ISA=avx2 pytest  the CPU's kernels in narrower vectors (baseline: in those of every x86-64)
+
+The first of these, and GPUs, run every test. The others test the same code with other kernels in it. They leave out
+what kernels have no part in: the tests that take no ``device``, and those marked ``once``; ``once("reference")`` is of
+those that compare with the reference. And where a test has three parameters or more, they take of the combinations
+only so many that any values of any two parameters meet.
 """
 
+import itertools
 import os
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its cache does not see a changed op schema
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core to the other test processes
 
 import pytest
 import torch
@@ -36,6 +44,7 @@ def devices(config):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "once(kernel): says nothing new of other kernels, or of this one")
     wanted = config.getoption("--kernel")
     if wanted in ("triton", "reference", "emulator"):  # before torchfast is imported
         os.environ["TORCHFAST_DISABLE_NATIVE"] = "1"
@@ -78,6 +87,41 @@ def pytest_report_header(config):
     return f"kernels: {'; '.join(kernels)}"
 
 
+def pytest_collection_modifyitems(config, items):
+    """What a run of other kernels leaves out: see above."""
+    kernel = config.getoption("--kernel")
+    if kernel in (None, "native") and not os.environ.get("TORCHFAST_ISA"):
+        return
+    tests = {}
+    for item in items:
+        marked = any(kernel in (mark.args or (kernel,)) for mark in item.iter_markers("once"))
+        if "device" in getattr(item, "fixturenames", ()) and not marked:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = {item for combinations in tests.values() for item in every_pair(combinations)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
+def every_pair(items):
+    """Of a test's combinations of parameters: greedily, the one that has the most pairs which no other has yet."""
+    given = getattr(items[0], "callspec", None)
+    axes = [mark.args[0].replace(",", " ").split() for mark in items[0].iter_markers("parametrize")]
+    axes += [[name] for name in (given.params if given else ()) if name not in itertools.chain(*axes)]
+    if len(axes) <= 2:
+        return items
+
+    def pairs_of(item):
+        values = [tuple(id(item.callspec.params[name]) for name in axis) for axis in axes]
+        return set(itertools.combinations(enumerate(values), 2))
+
+    pairs = {item: pairs_of(item) for item in items}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(pairs[item] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
 def pytest_generate_tests(metafunc):
     """Each test that takes a device runs on all of them; those of GPUs are marked gpu."""
     tested = devices(metafunc.config)
@@ -99,6 +143,16 @@ def kernel(device):
 @pytest.fixture(scope="session")
 def metrics_kernel(device):
     return served_by(device, metrics=True)
+
+
+@pytest.fixture
+def memory_of_one(tmp_path_factory):
+    """Of the tests that take 10 GB, one at a time, whatever the processes that pytest is run in."""
+    import fcntl
+
+    with open(tmp_path_factory.getbasetemp().parent / "memory_of_one", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,26 +9,26 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def run_together(script, counts, folder):
-    """``script RANK BATCHES INIT_FILE`` for each of the processes, which have counts[RANK] batches; what all print."""
-    given = ",".join(map(str, counts))
+def run_together(script, runs, folder):
+    """``script RANK RUNS INIT_FILE``, once as each of the processes: counts[RANK] is how many batches it has in a run.
+    What all of them print."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     processes = [
         subprocess.Popen(
-            [sys.executable, TESTS / script, str(rank), given, folder / "init"],
+            [sys.executable, TESTS / script, str(rank), json.dumps(runs), folder / "init"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
         )
-        for rank in range(len(counts))
+        for rank in range(len(runs[0]))
     ]
     try:
         outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * len(counts), outputs
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
     found = [json.loads(output) for output, _ in outputs]
     assert all(str(f) == str(found[0]) for f in found)
     return found[0]

@@ -1,6 +1,6 @@
-"""One process of a distributed run of RankingMetrics: ``ranking_process.py RANK BATCHES INIT_FILE``.
+"""One process of a distributed run of RankingMetrics: ``ranking_process.py RANK RUNS INIT_FILE``.
 
-BATCHES says how many updates each process has, as in 3,0. Prints what ``compute`` gives, as JSON.
+RUNS says how many updates each process has in each run, as in [[3, 0]]. Prints what ``compute`` gives in each, as JSON.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def metrics() -> MetricCollection:
     )
 
 
-def main() -> None:
-    rank, counts = int(sys.argv[1]), [int(n) for n in sys.argv[2].split(",")]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=len(counts))
+def run(rank: int, counts: list[int]) -> dict[str, list[float]]:
     collection, weighted = metrics(), RankingMetrics(NAMES)
     for number in range(sum(counts[:rank]), sum(counts[: rank + 1])):
         preds, target, weight = batch(number)
@@ -57,7 +54,14 @@ def main() -> None:
         or found[name].isnan().any()
         for name in again
     )
-    print(json.dumps({name: value.tolist() for name, value in found.items()}))
+    return {name: value.tolist() for name, value in found.items()}
+
+
+def main() -> None:
+    rank, runs = int(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=len(runs[0]))
+    print(json.dumps([run(rank, counts) for counts in runs]))
     dist.destroy_process_group()
 
 

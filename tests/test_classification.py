@@ -384,6 +384,7 @@ def test_a_threshold_between_two_numbers_is_not_rounded_to_one(dtype, device):
         assert found[1, 1] == (x.double() > threshold).sum()
 
 
+@pytest.mark.once("reference")
 def test_mistakes_are_counted_as_by_the_reference(device):
     """Alone and beside others, by every op and in every layout."""
     n, nan = 90, math.nan
@@ -540,6 +541,7 @@ def refused(error, match, *args, **kwargs):
         classification_metrics(*args, **kwargs)
 
 
+@pytest.mark.once
 def test_wrong_arguments_are_named(device):
     x, y = torch.rand(4, 3, device=device), torch.tensor([0, 1, 2, 0], device=device)
     refused(ValueError, r"metrics must be of 'accuracy', .*got 'acuracy'; did you mean 'accuracy'\?", x, y, "acuracy")
@@ -575,6 +577,7 @@ def test_wrong_arguments_are_named(device):
     refused(ValueError, "target must be on preds's device", x, y.to("meta"), "accuracy")
 
 
+@pytest.mark.once
 def test_one_class_absent_is_warned_of(device, monkeypatch):
     monkeypatch.setenv("TORCHFAST_CHECK", "1")
     x, y = torch.rand(4, device=device), torch.ones(4, dtype=torch.long, device=device)
@@ -592,6 +595,7 @@ def test_one_class_absent_is_warned_of(device, monkeypatch):
     assert found.isnan()
 
 
+@pytest.mark.once
 def test_functions_are_those_of_one_metric(device):
     x, y = torch.rand(30, 3, device=device).softmax(1), torch.arange(30, device=device) % 3
     calls = {
@@ -614,6 +618,7 @@ def test_precision_of_rankings_is_another_function():
     assert metrics.recall is classification.recall is not ranking.recall
 
 
+@pytest.mark.once
 def test_no_gradient_and_no_transforms(device):
     x, y = torch.rand(6, device=device, requires_grad=True), torch.tensor([0, 1] * 3, device=device)
     assert not metrics.roc_auc_score(x, y).requires_grad
@@ -624,6 +629,7 @@ def test_no_gradient_and_no_transforms(device):
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+@pytest.mark.once
 def test_compiles_whole(task, device):
     x = {"binary": torch.rand(20), "multiclass": torch.rand(20, 3).softmax(1), "multilabel": torch.rand(20, 3)}[task]
     y = torch.arange(20) % 3 if task == "multiclass" else (torch.arange(x.numel()) % 2).view(x.shape)

@@ -275,6 +275,7 @@ def test_loss_and_gradient_follow_the_formula_for_any_options(data, device):
 
 @settings(max_examples=100)
 @given(data=st.data())
+@pytest.mark.once
 def test_both_derivatives_match_finite_differences_for_any_options(data, device):
     """The options of the test above on logits that finite differences can follow."""
     x, target, weight, options = data.draw(calls(device))
@@ -325,8 +326,10 @@ def in_layout(x, layout):
 @pytest.mark.parametrize(
     "options", [{"ignore_index": 1}, {"label_smoothing": 0.1}, {"gamma": 2.0, "reduction": "none"}], ids=str
 )
-def test_many_rows_of_any_layout_follow_the_formula(layout, shape, options, device):
+def test_many_rows_of_any_layout_follow_the_formula(layout, shape, options, device, kernel):
     """Large enough that kernels split the rows over threads; every element is compared."""
+    if kernel == "triton" and len(shape) == 2:  # which has no threads here
+        shape = (shape[0] // 8, shape[1])
     x = in_layout(2 * torch.randn(shape, device=device), layout)
     target = torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
     weight = torch.rand(shape[1], device=device) + 0.5
@@ -799,6 +802,7 @@ def test_a_target_out_of_range_far_into_the_batch_raises(device, kernel, monkeyp
     assert cross_entropy(x, t).isfinite()
 
 
+@pytest.mark.once
 def test_out_of_range_under_vmap_is_nan_with_gradient_zero(device):
     """vmap cannot raise for what the data says; it must not be a silent 0 either."""
     x = torch.randn(2, 3, 5, device=device)
@@ -847,6 +851,7 @@ def test_a_tensor_normalizer_does_not_change_the_dtype_of_the_loss(other, dtype,
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.once
 def test_autocast_keeps_half_logits_half(device):
     """A linear layer's bf16 logits go in as they are: nothing of fp32 of their size is saved."""
     layer = nn.Linear(8, 70).to(device)
@@ -865,6 +870,7 @@ def test_autocast_keeps_half_logits_half(device):
 
 
 @pytest.mark.skipif(unavailable_reason is not None or not sys.platform.startswith("linux"), reason="native, /proc")
+@pytest.mark.once
 def test_peak_memory_is_the_gradient_alone(device):
     """A 128 MB bf16 input: not even for a moment is there an fp32 copy of it."""
     x = torch.randn(64, 1_000_000, device=device).bfloat16().requires_grad_()
@@ -927,6 +933,8 @@ def test_expanded_and_strided_upstream(shape, device):
 @pytest.mark.parametrize("shape", [(40_000, 5), (70, 9_000), (2, 19, 64, 64)], ids=str)
 def test_bitwise_deterministic_where_threads_share_the_work(shape, reduction, device, kernel):
     """Run to run; also for any number of threads, but for the reference's torch.sum, which splits by it."""
+    if kernel == "triton":  # which has no threads here
+        shape = (shape[0] // 8 or 1, *shape[1:])
     x, t = torch.randn(shape, device=device), torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
     expected = loss_and_gradient(x, t, reduction=reduction, label_smoothing=0.1)
     threads = torch.get_num_threads()
@@ -959,6 +967,8 @@ def available_memory():
 
 
 @pytest.mark.parametrize("shape", [(70_000, 32_000), (2**25 + 7, 65), (1, 65, 2**25 + 7)], ids=str)
+@pytest.mark.once
+@pytest.mark.usefixtures("memory_of_one")
 def test_more_than_2_to_the_31_elements(shape, device, kernel):
     """Row offsets are 64-bit: rows past element 2^31 are as right as the first ones."""
     if kernel == "reference" or (device, kernel) == ("cpu", "triton"):
@@ -1110,6 +1120,7 @@ def test_inplace_backward_refuses_create_graph(device):
         torch.autograd.grad(loss, leaf, create_graph=True)
 
 
+@pytest.mark.once
 def test_inplace_backward_under_compile_is_right(device):
     x, t = example(device)
     _, expected = loss_and_gradient(x, t)
@@ -1132,6 +1143,7 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows fastest"])
+@pytest.mark.once
 def test_opcheck_of_the_inplace_backward_op(layout, device):
     x, t = example(device)
     with Calls() as calls:
@@ -1146,6 +1158,7 @@ def test_opcheck_of_the_inplace_backward_op(layout, device):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("e", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.once
 def test_gradient_of_weights_alpha_probabilities_and_sample_weight(reduction, e, gamma, device):
     x = torch.randn(4, 5, device=device, dtype=torch.float64, requires_grad=True)
     y = torch.randn_like(x).softmax(1).requires_grad_()
@@ -1158,12 +1171,13 @@ def test_gradient_of_weights_alpha_probabilities_and_sample_weight(reduction, e,
     def loss(x, target, weight, alpha, s):
         return cross_entropy(x, target, weight, alpha=alpha, sample_weight=s, **options)
 
-    assert torch.autograd.gradcheck(loss, (x, y, *others))
-    assert torch.autograd.gradcheck(lambda x, *others: loss(x, t, *others), (x, *others))
+    assert torch.autograd.gradcheck(loss, (x, y, *others), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, *others: loss(x, t, *others), (x, *others), fast_mode=True)
     scalar = torch.tensor(0.3, device=device, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, a: cross_entropy(x, t, alpha=a, **options), (x, scalar))
+    assert torch.autograd.gradcheck(lambda x, a: cross_entropy(x, t, alpha=a, **options), (x, scalar), fast_mode=True)
 
 
+@pytest.mark.once
 def test_gradient_of_a_tensor_normalizer(device):
     x = torch.randn(4, 5, device=device, dtype=torch.float64, requires_grad=True)
     n = torch.tensor(3.0, device=device, dtype=torch.float64, requires_grad=True)
@@ -1171,6 +1185,7 @@ def test_gradient_of_a_tensor_normalizer(device):
     assert torch.autograd.gradcheck(lambda x, n: cross_entropy(x, t, gamma=1.0, normalizer=n), (x, n))
 
 
+@pytest.mark.once
 def test_gradient_of_weights_compiles_as_one_graph(device):
     x, t = example(device)
     weight = torch.rand(70, device=device, requires_grad=True)
@@ -1186,6 +1201,7 @@ def test_probabilities_in_float8(device):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.once
 def test_gradient_of_probabilities_that_are_zero(gamma, device):
     """One-hot probabilities: d loss / d q_c is w_c (1-p_c)^g (-log p_c) also where q_c = 0."""
     x = torch.randn(3, 4, device=device, dtype=torch.float64)
@@ -1196,6 +1212,7 @@ def test_gradient_of_probabilities_that_are_zero(gamma, device):
 
 
 @pytest.mark.parametrize("name", ["weight", "alpha"])
+@pytest.mark.once
 def test_gradient_of_weights_that_are_zero(name, device):
     x = torch.randn(3, 4, device=device, dtype=torch.float64)
     t = torch.tensor([0, 1, 3], device=device)
@@ -1205,6 +1222,7 @@ def test_gradient_of_weights_that_are_zero(name, device):
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.once
 def test_gradient_of_sample_weights_that_are_zero(device):
     """Learning to reweight (Ren et al. 2018) starts from zero weights: the gradient is the row's loss."""
     x, t = torch.randn(3, 4, device=device, dtype=torch.float64), torch.tensor([0, 1, 3], device=device)
@@ -1216,6 +1234,7 @@ def test_gradient_of_sample_weights_that_are_zero(device):
 @option_sets
 @pytest.mark.parametrize("route", ["kernel", "weight", "alpha", "sample_weight", "create_graph", "func.grad"])
 @pytest.mark.parametrize("special", ["ignored", "sample weight 0", "masked", "certain"])
+@pytest.mark.once
 def test_special_rows_are_right_on_every_route_to_the_gradient(special, route, options, device):
     """All but the first differentiate plain PyTorch, where 0 * NaN in a masked branch is a trap."""
     x, t = example(device)
@@ -1297,6 +1316,7 @@ def test_errors_name_the_argument_what_was_given_and_what_is_allowed(args, optio
 # ---- Modules ---------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_modules_are_the_function(device):
     x, t = example(device)
     weight, alpha, s = (torch.rand(n, device=device) for n in (70, 70, 9))
@@ -1318,6 +1338,7 @@ def test_modules_are_the_function(device):
 
 @pytest.mark.parametrize("module", [CrossEntropyLoss, FocalLoss, LabelSmoothingCrossEntropy])
 @pytest.mark.parametrize("through", ["pickle", "deepcopy", "torch.save", "state_dict"])
+@pytest.mark.once
 def test_modules_survive_copies(module, through, device):
     x, t = example(device)
     original = module(weight=torch.rand(70), alpha=torch.rand(70), reduction="sum").to(device)
@@ -1338,6 +1359,7 @@ def test_modules_survive_copies(module, through, device):
     assert repr(other) == repr(original)
 
 
+@pytest.mark.once
 def test_a_checkpoint_of_torch_loads_into_the_drop_in(device):
     theirs, ours = nn.CrossEntropyLoss(torch.rand(70)), CrossEntropyLoss(torch.ones(70))
     ours.load_state_dict(theirs.state_dict())
@@ -1348,6 +1370,7 @@ def test_a_checkpoint_of_torch_loads_into_the_drop_in(device):
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
 @pytest.mark.parametrize("legacy", [(None, None), (True, True), (False, True), (None, False), (False, None)], ids=str)
+@pytest.mark.once
 def test_positional_arguments_are_those_of_torch(legacy, device):
     size_average, reduce = legacy
     x, t = example(device, torch.float64)
@@ -1409,6 +1432,7 @@ def assert_agrees_with_torch(ours, theirs, x, target, weight=None, **options):
 
 
 @by_dtype
+@pytest.mark.once
 def test_module_inputs_of_torch(dtype, torch_cases, device):
     """All inputs that torch tests nn.CrossEntropyLoss with: forward and gradient."""
     info, _ = torch_cases
@@ -1430,6 +1454,7 @@ def test_module_inputs_of_torch(dtype, torch_cases, device):
     assert count > 0
 
 
+@pytest.mark.once
 def test_error_inputs_of_torch(torch_cases, device):
     """torch raises RuntimeError for most of these; a wrong argument is a ValueError or TypeError here."""
     info, _ = torch_cases
@@ -1442,6 +1467,7 @@ def test_error_inputs_of_torch(torch_cases, device):
 
 
 @by_dtype
+@pytest.mark.once
 def test_op_samples_of_torch(dtype, torch_cases, device):
     """All samples of torch's OpInfo of cross_entropy, also with gradients of the probabilities."""
     _, info = torch_cases

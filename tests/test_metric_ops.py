@@ -43,6 +43,7 @@ def test_the_samples_reach_every_op(device):
 
 
 @every_sample
+@pytest.mark.once
 def test_opcheck(metric, number, device):
     for op, inputs, _ in calls_of(metric, take(metric, number, device)):
         requiring = tree_map_only(
@@ -70,6 +71,7 @@ def test_the_fake_kernel_describes_outputs_exactly(metric, number, device):
 
 @every_sample
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.once("reference")
 def test_the_kernel_is_the_reference_in_every_dtype(metric, number, dtype, device):
     for largest, failure in selftest._comparisons(metric, take(metric, number, device, dtype)):
         assert not failure and largest < 1, failure

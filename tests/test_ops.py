@@ -86,6 +86,7 @@ class Recorder(TorchDispatchMode):
 
 
 @every_sample
+@pytest.mark.once
 def test_opcheck_of_forward_and_backward(op, number, device):
     with Recorder() as recorder:
         loss_and_gradient(op, take(op, number, device))
@@ -116,6 +117,7 @@ def test_meta_tensors_give_shapes_and_dtypes_and_read_no_data(op, number, device
 
 
 @every_sample
+@pytest.mark.once
 def test_gradient_and_forward_mode_match_finite_differences(op, number, device):
     sample = take(op, number, device, torch.float64)
     x = sample.args[0].detach().requires_grad_()
@@ -124,6 +126,7 @@ def test_gradient_and_forward_mode_match_finite_differences(op, number, device):
 
 
 @every_sample
+@pytest.mark.once
 def test_second_derivative_matches_finite_differences(op, number, device):
     """opcheck passes with a wrong double backward; this does not."""
     sample = take(op, number, device, torch.float64)
@@ -132,6 +135,7 @@ def test_second_derivative_matches_finite_differences(op, number, device):
 
 
 @every_sample
+@pytest.mark.once
 def test_func_grad_and_vmap_of_grad(op, number, device):
     sample = take(op, number, device)
 
@@ -148,6 +152,7 @@ def test_func_grad_and_vmap_of_grad(op, number, device):
 
 
 @every_sample
+@pytest.mark.once
 def test_jvp_and_dual_numbers_are_adjoint_to_the_gradient(op, number, device):
     sample = take(op, number, device, torch.float64)
     x, tangent = sample.args[0], torch.randn_like(sample.args[0])
@@ -208,6 +213,7 @@ def test_low_precision_is_near_fp64_of_the_same_inputs(op, number, dtype, device
 
 
 @every_sample
+@pytest.mark.once
 def test_autocast_saves_no_fp32_copy_of_the_input(op, number, device):
     sample = take(op, number, device, torch.bfloat16)
     x = sample.args[0]
@@ -336,6 +342,7 @@ def compile_groups(op):
 
 
 @every_op
+@pytest.mark.once
 def test_compiles_as_one_graph_for_all_shapes(op, device):
     groups = compile_groups(op)
     assert groups

@@ -255,6 +255,7 @@ def random_scores(g, shape, values, dtype):
     ],
     ids=str,
 )
+@pytest.mark.once("reference")
 def test_kernel_is_the_reference_on_rows_too_long_for_an_oracle(shape, values, relevant, dtype, ties, device, recorded):
     g = torch.Generator().manual_seed(1)
     preds = random_scores(g, shape, values, dtype).to(device)
@@ -283,6 +284,7 @@ def uneven_queries(g, dtype):
     [*((torch.float32, ties) for ties in TIES), (torch.bfloat16, "average"), (torch.float64, "pessimistic")],
     ids=str,
 )
+@pytest.mark.once("reference")
 def test_queries_of_all_sizes_side_by_side(dtype, ties, device, recorded):
     """Gains that are no integers, and judged documents that were not retrieved, more than all of a short query."""
     g = torch.Generator().manual_seed(3)
@@ -321,6 +323,7 @@ def test_queries_of_all_sizes_side_by_side(dtype, ties, device, recorded):
     ],
     ids=str,
 )
+@pytest.mark.once("reference")
 def test_huge_rows(form, target_dtype, device, recorded):
     g = torch.Generator().manual_seed(4)
     shape, extra = (3, 135_001), {}
@@ -502,6 +505,7 @@ def test_stable_ties_of_unsorted_indexes_keep_the_order_in_the_batch(device):
 
 
 @given(st.lists(st.sampled_from((0, 1, -1, 5, 2**62, -(2**62), 2**63 - 1, -(2**63))), max_size=40))
+@pytest.mark.once
 def test_grouping_is_a_stable_sort(device, ids):
     indexes = torch.tensor(ids, dtype=torch.long, device=device)
     order, offsets, found = (x.tolist() for x in group_by_query(indexes, skip_sorted=True))
@@ -513,6 +517,7 @@ def test_grouping_is_a_stable_sort(device, ids):
 
 
 @pytest.mark.parametrize("count", (100_000, 5))
+@pytest.mark.once
 def test_grouping_many(count, device):
     indexes = torch.randint(count // 4 + 1, (count,), device=device) * 2**40
     order, offsets, ids = group_by_query(indexes)
@@ -833,6 +838,7 @@ def test_wrong_values_make_only_their_own_query_nan(device):
 # ---- Autograd, compilation ---------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_values_carry_no_graph(device):
     preds = torch.randn(3, 5, device=device, requires_grad=True)
     target = torch.rand(3, 5, device=device, requires_grad=True)
@@ -844,6 +850,7 @@ def test_values_carry_no_graph(device):
     assert not values.requires_grad
 
 
+@pytest.mark.once
 def test_transforms_are_refused_rather_than_answered_with_zeros(device):
     preds, target = torch.randn(3, 5, device=device), torch.ones(3, 5, device=device)
     for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):
@@ -854,6 +861,7 @@ def test_transforms_are_refused_rather_than_answered_with_zeros(device):
 
 
 @pytest.mark.parametrize("form", ("dense", "offsets", "indexes"))
+@pytest.mark.once
 def test_compiles_as_one_graph_for_all_shapes(form, device):
     def means(preds, target, boundaries):
         given = {} if form == "dense" else {form: boundaries}
@@ -885,6 +893,8 @@ def test_compiles_as_one_graph_for_all_shapes(form, device):
     [((10_000_000, 20), 0.1), ((4, 10_000_000), 1e-6), ((4, 10_000_000), 0.5)],
     ids=["ten million queries", "ten million documents", "ten million documents, half of them relevant"],
 )
+@pytest.mark.once
+@pytest.mark.usefixtures("memory_of_one")
 def test_ten_million_of_either_take_memory_of_the_order_of_the_input(shape, relevant, device, metrics_kernel):
     """Of one value for each query, and a sort of the documents of one query where many are relevant."""
     if (device, metrics_kernel) != ("cpu", "native"):

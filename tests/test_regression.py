@@ -164,6 +164,7 @@ def refused(error, match, *args, **kwargs):
         regression_metrics(*args, **kwargs)
 
 
+@pytest.mark.once
 def test_wrong_arguments_are_named(device):
     x = torch.rand(4, device=device)
     refused(ValueError, r"metrics must be of 'mae', .*got 'rsme'; did you mean 'rmse'\?", x, x, "rsme")
@@ -180,6 +181,7 @@ def test_wrong_arguments_are_named(device):
     refused(ValueError, r"sample_weight's shape must be \(4,\)", x, x, "mae", sample_weight=x[:2])
 
 
+@pytest.mark.once
 def test_no_gradient_and_no_transforms(device):
     x = torch.rand(6, device=device, requires_grad=True)
     for function in mean_absolute_error, mean_squared_error, root_mean_squared_error, r2_score:
@@ -190,6 +192,7 @@ def test_no_gradient_and_no_transforms(device):
         mean_squared_error(forward_ad.make_dual(x.detach(), torch.ones_like(x)), x)
 
 
+@pytest.mark.once
 def test_compiles_whole(device):
     x, y = torch.rand(20, device=device), torch.rand(20, device=device)
     found = torch.compile(lambda x, y: regression_metrics(x, y, NAMES), fullgraph=True)(x, y)

@@ -114,6 +114,7 @@ def test_the_kernels_of_this_machine_pass_for_every_op_device_and_dtype(
     assert served == {op: serving(op, kernel, metrics_kernel) for op in selftest.checked()}
 
 
+@pytest.mark.once
 def test_json_holds_every_row_of_the_wanted_device(kernel: str, metrics_kernel: str, device: str) -> None:
     result = run("--json", "--device", device)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -132,6 +133,7 @@ def test_json_holds_every_row_of_the_wanted_device(kernel: str, metrics_kernel: 
         assert row["max_error"] > 0 or exact
 
 
+@pytest.mark.once
 def test_planted_kernels_that_are_right_pass(report: Any, device: str) -> None:
     """So what the tests below fail for is what is wrong with their kernels."""
     with planted(device):
@@ -139,6 +141,7 @@ def test_planted_kernels_that_are_right_pass(report: Any, device: str) -> None:
     assert code == 0 and rows.keys() == set(DTYPES)
 
 
+@pytest.mark.once
 def test_no_kernel_of_the_device_enters_the_truth(device: str) -> None:
     def unreachable(*_: Any) -> Any:
         raise AssertionError("a kernel under test was asked for the truth")
@@ -172,6 +175,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.once
 def test_a_wrong_kernel_fails_in_every_dtype_and_is_named(wrong: str, report: Any, device: str) -> None:
     output, kernels = WRONG[wrong]
     with planted(device, **kernels):
@@ -183,6 +187,7 @@ def test_a_wrong_kernel_fails_in_every_dtype_and_is_named(wrong: str, report: An
         assert rows[dtype]["max_error"] is None or rows[dtype]["max_error"] > 1
 
 
+@pytest.mark.once
 def test_the_table_says_which_row_failed_and_how(capsys: pytest.CaptureFixture[str], device: str) -> None:
     with planted(device, forward=with_loss(torch.neg)):
         assert selftest.main(["--device", device]) == 1
@@ -195,6 +200,7 @@ def test_the_table_says_which_row_failed_and_how(capsys: pytest.CaptureFixture[s
     assert details[-1].startswith("4 of ")
 
 
+@pytest.mark.once
 def test_an_exception_fails_its_row_and_the_others_still_run(capsys: pytest.CaptureFixture[str], device: str) -> None:
     def forward(logits: Tensor, *rest: Any) -> Any:
         if logits.dtype == torch.bfloat16:
@@ -220,6 +226,7 @@ def test_an_exception_fails_its_row_and_the_others_still_run(capsys: pytest.Capt
     ],
     ids=["values off by 1e-6", "NaN", "empty queries", "shape"],
 )
+@pytest.mark.once
 def test_a_wrong_kernel_of_a_metric_fails_in_every_dtype(wrong: Any, device: str) -> None:
     metric = metrics["ranking_metrics"]
     small = dataclasses.replace(metric, sample_inputs=lambda device, dtype, large: metric.sample_inputs(device, dtype))
@@ -258,6 +265,7 @@ def one_bad_row(device: str, dtype: torch.dtype, large: bool) -> Iterator[Sample
     ],
     ids=["where the truth has it", "missing", "spread"],
 )
+@pytest.mark.once
 def test_nan_must_be_where_the_truth_has_it(
     forward: Any, verdict: list[str], report: Any, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
@@ -268,6 +276,7 @@ def test_nan_must_be_where_the_truth_has_it(
 
 
 @pytest.mark.parametrize("error, message", [(None, "nothing was checked"), (MemoryError("no memory"), "MemoryError")])
+@pytest.mark.once
 def test_samples_that_cannot_be_made_are_a_failure(
     error: Any, message: str, report: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,15 +24,6 @@ from triton_audit import (
 
 from torchfast.losses.cross_entropy import triton_kernels, triton_launch
 
-pytestmark = pytest.mark.usefixtures("once")
-
-
-@pytest.fixture(scope="session")
-def once(request):
-    """The code depends on the targets, not on what serves the CPU here."""
-    if request.config.getoption("--kernel") == "reference":
-        pytest.skip("compiled in the default run")
-
 
 @pytest.fixture(scope="session")
 def kernels():
