@@ -1,12 +1,12 @@
-# make demo | test | bench | lint | types | clean. Each first does `make setup`, which creates .venv,
+# make demo | test | bench | dist | sanitize | lint | types | clean. Each first does `make setup`, which creates .venv,
 # installs the pinned development environment and builds the extension; it does nothing when up to date.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
-PY_CODE := setup.py torchfast tests benchmarks examples
+PY_CODE := setup.py .ci torchfast tests benchmarks examples
 CPP_CODE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup demo test lint types bench clean
+.PHONY: setup demo test lint types bench dist sanitize clean
 
 setup: .venv/built
 
@@ -49,6 +49,16 @@ types: setup
 bench: setup
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/plot.py
+
+# The wheel is built from the source distribution, and tagged with the oldest Linux that it runs on.
+dist: setup
+	rm -rf dist
+	TORCHFAST_BUILD=require $(BIN)/python -m build --no-isolation
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libc10.so --exclude libtorch_cpu.so \
+		--wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	$(BIN)/python .ci/audit_wheel.py dist/*.whl
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf .venv build dist *.egg-info torchfast/_C*.so

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -29,14 +30,10 @@ ABSOLUTE_PATH = rb"(?<![\w.\-/])/[\w.+\-/]+\.(?:h|hpp|c|cc|cpp|cu|cuh)\b"
 
 
 def cuobjdump() -> str | None:
-    """CUDA's own, or the one that comes with Triton."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    """CUDA's own, or that of a package: triton or nvidia-cuda-cuobjdump."""
+    packages = Path(sysconfig.get_path("purelib"))
+    found = [*packages.glob("triton/backends/nvidia/bin/cuobjdump"), *packages.glob("nvidia/cu*/bin/cuobjdump")]
+    return shutil.which("cuobjdump") or (str(found[0]) if found else None)
 
 
 def package_files() -> set[str]:
@@ -82,10 +79,12 @@ def findings_of_elf(path: Path) -> Iterator[str]:
         if elf.get_section_by_name(".symtab") or elf.get_section_by_name(".debug_info"):
             yield "the binary is not stripped"
         cuda = elf.get_section_by_name(".nv_fatbin") is not None
-    if cuda and (tool := cuobjdump()):
-        listed = subprocess.run([tool, "--list-elf", "--list-ptx", path], capture_output=True, text=True).stdout
+    if cuda and (tool := cuobjdump()) is None:
+        yield "what the binary's CUDA code is for needs cuobjdump, as of the package nvidia-cuda-cuobjdump"
+    elif cuda:
+        listed = subprocess.run([tool, "--list-elf", path], capture_output=True, text=True).stdout
         archs = set(re.findall(r"sm_\d+", listed))
-        print(f"  CUDA code for {', '.join(sorted(archs, key=lambda arch: int(arch[3:])))}")
+        print(f"CUDA code for {', '.join(sorted(archs, key=lambda arch: int(arch[3:])))}")
         yield from (f"the binary has no code for {arch}" for arch in sorted(CUDA_ARCHS - archs))
 
 
