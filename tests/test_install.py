@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -154,6 +156,20 @@ def test_the_binary_finds_functions_of_libraries_that_it_does_not_link_with() ->
     assert not torchfast._C.has_symbol("libtorch_python.so", "aoti_torch_get_current_cuda_stream")
     cuda = torchfast._C.has_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream")
     assert cuda == (torch.version.cuda is not None)
+
+
+@pytest.mark.skipif(_native.unavailable_reason is not None, reason="this build is pure Python")
+def test_the_stub_of_the_extension_names_what_it_has() -> None:
+    stub = ast.parse((ROOT / "torchfast" / "_C.pyi").read_text()).body
+    info = torchfast._C.build_info()
+    (keys,) = ({line.target.id for line in node.body} for node in stub if isinstance(node, ast.ClassDef))
+    assert keys == info.keys() and all(type(value) is str for value in info.values())
+    functions = {node.name: [a.arg for a in node.args.args] for node in stub if isinstance(node, ast.FunctionDef)}
+    signatures = {n: getattr(torchfast._C, n).__doc__.split(" -> ")[0] for n in functions if hasattr(torchfast._C, n)}
+    assert signatures.keys() == {name for name in dir(torchfast._C) if not name.startswith("_")}
+    assert functions.keys() - signatures.keys() == (set() if info["cuda_archs"] else {"cuda_probe", "has_symbol"})
+    for name, signature in signatures.items():
+        assert re.findall(r"(\w+): ", signature) == functions[name]
 
 
 def test_importing_is_light() -> None:
