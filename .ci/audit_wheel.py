@@ -91,7 +91,7 @@ def findings_of_elf(path: Path) -> Iterator[str]:
 def audit(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
-        binaries = [n for n in names if re.fullmatch(r"torchfast/_C\.[\w.\-]+\.so", n)]
+        binaries = [n for n in names if re.fullmatch(r"torchfast/_C\.cpython-[\w\-]+\.so", n)]
         found = [*findings_of_names(wheel, set(names), binaries[0] if binaries else None)]
         if binaries and archive.read(binaries[0])[:4] == b"\x7fELF":  # macOS has another format
             found += findings_of_elf(Path(archive.extract(binaries[0], folder)))

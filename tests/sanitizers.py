@@ -44,7 +44,8 @@ def environment(folder: Path, sanitizers: str = SANITIZERS) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    command = [sys.executable, "-m", "pytest", "--kernel", "native", *arguments]
+    # Captured at the level of Python alone, or a finding's report ends with the process that made it.
+    command = [sys.executable, "-m", "pytest", "--kernel", "native", "--capture=sys", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment(build())).returncode
 
 

@@ -82,6 +82,8 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_works(source: Path, tmp
     assert "building pure Python, because there is no C++ compiler" in log
     names = unpack(wheel, tmp_path / "site")
     assert "torchfast/py.typed" in names and not [n for n in names if n.endswith((".so", ".cpp", ".cu"))]
+    code, output = audit(wheel)
+    assert code == 0 and "pure Python" in output, output
     assert_works_as_reference(tmp_path / "site")
 
 
@@ -116,13 +118,49 @@ def test_a_source_distribution_made_without_torch_can_be_built_natively(source: 
     assert len(sources) > 5 and sources <= names, result.stderr
 
 
-@pytest.mark.skipif(_native.unavailable_reason is not None, reason="this build is pure Python")
-def test_the_native_wheel_holds_the_library_and_serves_the_op(source: Path, tmp_path: Path) -> None:
-    wheel, log = build_wheel(source, tmp_path, TORCHFAST_BUILD="require")
+@pytest.fixture(scope="module")
+def native_wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if _native.unavailable_reason is not None:
+        pytest.skip("this build is pure Python")
+    wheel, log = build_wheel(source, tmp_path_factory.mktemp("native"), TORCHFAST_BUILD="require")
     assert wheel is not None, log
-    names = unpack(wheel, tmp_path / "site")
-    assert [n for n in names if n.startswith("torchfast/_C") and n.endswith(".so")]
-    assert not [n for n in names if n.endswith((".cpp", ".cu", ".h", ".o"))]
+    return wheel
+
+
+def audit(wheel: Path) -> tuple[int, str]:
+    result = run(".ci/audit_wheel.py", str(wheel), cwd=ROOT)
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_the_native_wheel_passes_the_audit_of_its_content(native_wheel: Path) -> None:
+    code, output = audit(native_wheel)
+    assert code == 0 and "native" in output, output
+
+
+def test_the_audit_says_what_is_wrong_with_a_wheel(native_wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(native_wheel) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    (binary,) = (name for name in content if name.endswith(".so"))
+    other_python = re.sub(r"cp\d+-cp\d+", "cp39-cp39", native_wheel.name)
+    path = b"/home/someone/csrc/walk.h"
+    for name, changes, said in (
+        (native_wheel.name, {"torchfast/py.typed": None}, "torchfast/py.typed is missing"),
+        (native_wheel.name, {"tests/test_ops.py": b""}, "tests/test_ops.py does not belong in it"),
+        (native_wheel.name, {"torchfast/_C.other.so": b""}, "torchfast/_C.other.so does not belong in it"),
+        (native_wheel.name, {binary: content[binary] + b"\0" + path + b"\0"}, "names /home/someone/csrc/walk.h"),
+        (native_wheel.name, {binary: None}, "its tags are those of a binary, but it has none"),
+        (other_python, {}, f"but the binary is {binary}"),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for entry, data in (content | changes).items():
+                if data is not None:
+                    archive.writestr(entry, data)
+        code, output = audit(tmp_path / name)
+        assert code == 1 and said in output, output
+
+
+def test_the_native_wheel_serves_the_op(native_wheel: Path, tmp_path: Path) -> None:
+    unpack(native_wheel, tmp_path / "site")
     site = tmp_path / "site"
     assert float(run_installed(LOSS, site)) == pytest.approx(0.5514447)
     info = json.loads(run_installed(INFO, site))
