@@ -112,7 +112,7 @@ def native_build() -> dict:
     link_flags = "-Wl,-s"
     if sanitizers := os.environ.get("TORCHFAST_SANITIZE"):
         # Python's own flags have -fwrapv, which makes signed overflow defined, so not a finding.
-        link_flags = f"-fsanitize={sanitizers}"
+        link_flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all"
         flags += f" -O1 -g1 -fno-omit-frame-pointer -fno-wrapv {link_flags}"
     extension = CppExtension(
         "torchfast._C",

@@ -25,8 +25,8 @@ CUDA_ARCHS = {"sm_80", "sm_90", "sm_100"}
 # libtorch_python and libcudart would tie the binary to one torch; the CUDA runtime is linked statically.
 LIBRARIES = r"lib(c10|torch|torch_cpu|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so(\.\d+)?|ld-linux-.*"
 UNSTABLE = r"_ZNK?(2at|3c10|5torch)"  # C++ functions of torch: they change with every release
-METADATA = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE", "sboms/auditwheel.cdx.json"}
-ABSOLUTE_PATH = rb"(?<![\w.\-/])/[\w.+\-/]+\.(?:h|hpp|c|cc|cpp|cu|cuh)\b"
+METADATA = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE"}
+ABSOLUTE_PATH = rb"(?<=\0)/[\w.+\-/]+/[\w.+\-]+\.(?:h|hpp|c|cc|cpp|cu|cuh)(?=\0)"
 
 
 def cuobjdump() -> str | None:
@@ -90,7 +90,7 @@ def findings_of_elf(path: Path) -> Iterator[str]:
 
 def audit(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
-        names = archive.namelist()
+        names = [n for n in archive.namelist() if not n.endswith("/")]
         binaries = [n for n in names if re.fullmatch(r"torchfast/_C\.cpython-[\w\-]+\.so", n)]
         found = [*findings_of_names(wheel, set(names), binaries[0] if binaries else None)]
         if binaries and archive.read(binaries[0])[:4] == b"\x7fELF":  # macOS has another format
