@@ -60,14 +60,14 @@ dist: setup
 	$(BIN)/python .ci/audit_wheel.py dist/*.whl
 	$(BIN)/twine check --strict dist/*
 
-# What reads and writes memory at odd sizes and strides, without what is about Python alone.
-SANITIZED := (test_ops or test_metric_ops or strides or layout or sizes or long_rows or ragged or nested_tensors) \
-	and not opcheck and not compile and not samples_reach and not torch_cases and not memory
+# What reads and writes memory, at odd sizes and strides, for every instruction set; not what is about Python alone.
+SANITIZED := tests/test_ops.py $(BY_ISA) -k "(test_ops or test_metric_ops or strides or layout or sizes or any_size) \
+	and not opcheck and not compile and not samples_reach and not memory"
 
 sanitize: setup
-	$(BIN)/python tests/sanitizers.py -q -n auto -k "$(SANITIZED)" tests
-	TORCHFAST_ISA=avx2 $(BIN)/python tests/sanitizers.py -q -n auto -k "$(SANITIZED)" tests
-	TORCHFAST_ISA=baseline $(BIN)/python tests/sanitizers.py -q -n auto -k "$(SANITIZED)" tests
+	$(BIN)/python tests/sanitizers.py -q -n auto $(SANITIZED)
+	TORCHFAST_ISA=avx2 $(BIN)/python tests/sanitizers.py -q -n auto $(SANITIZED)
+	TORCHFAST_ISA=baseline $(BIN)/python tests/sanitizers.py -q -n auto $(SANITIZED)
 
 clean:
 	rm -rf .venv build dist *.egg-info torchfast/_C*.so
