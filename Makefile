@@ -63,11 +63,13 @@ dist: setup
 # What reads and writes memory, at odd sizes and strides, for every instruction set; not what is about Python alone.
 SANITIZED := tests/test_ops.py $(BY_ISA) -k "(test_ops or test_metric_ops or strides or layout or sizes or any_size) \
 	and not opcheck and not compile and not samples_reach and not memory"
+SANITIZE := $(BIN)/python tests/sanitizers.py address,undefined -m pytest -q -n auto --kernel native --capture=sys
 
 sanitize: setup
-	$(BIN)/python tests/sanitizers.py -q -n auto $(SANITIZED)
-	TORCHFAST_ISA=avx2 $(BIN)/python tests/sanitizers.py -q -n auto $(SANITIZED)
-	TORCHFAST_ISA=baseline $(BIN)/python tests/sanitizers.py -q -n auto $(SANITIZED)
+	$(SANITIZE) $(SANITIZED)
+	TORCHFAST_ISA=avx2 $(SANITIZE) $(SANITIZED)
+	TORCHFAST_ISA=baseline $(SANITIZE) $(SANITIZED)
+	$(BIN)/python tests/sanitizers.py thread -m torchfast.selftest --device cpu
 
 clean:
 	rm -rf .venv build dist *.egg-info torchfast/_C*.so

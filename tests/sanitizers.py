@@ -1,8 +1,9 @@
-"""Runs tests on a build of the C++ kernels that checks every memory access and every integer operation.
+"""Runs a Python command on a build of the C++ kernels whose every memory access or integer operation is checked.
 
-python tests/sanitizers.py tests/test_ops.py    # pytest, with such a build of csrc, in build/sanitize
+python tests/sanitizers.py address,undefined -m pytest tests/test_ops.py   # the build goes into build/sanitize-...
+python tests/sanitizers.py thread -m torchfast.selftest                    # looks for data races
 
-AddressSanitizer and UndefinedBehaviorSanitizer end the process at their first finding, and say where.
+The first finding ends the process, and its report says where it was. pytest needs --capture=sys, or it swallows that.
 """
 
 import os
@@ -13,11 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SANITIZERS = "address,undefined"
+LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
 
 
 def build(source: Path = ROOT, sanitizers: str = SANITIZERS) -> Path:
     """Of setup.py's CPU part, beside the normal one; gives the folder to import it from."""
-    folder = source / "build" / sanitizers.replace(",", "_")
+    folder = source / "build" / f"sanitize-{sanitizers.replace(',', '-')}"
     command = ["setup.py", "--quiet", "build", "--build-base", folder, "--build-lib", folder / "lib"]
     asked = {"TORCHFAST_SANITIZE": sanitizers, "TORCHFAST_BUILD": "require", "TORCHFAST_CUDA": "0"}
     subprocess.run([sys.executable, *command], cwd=source, env=os.environ | asked, check=True)
@@ -26,28 +28,30 @@ def build(source: Path = ROOT, sanitizers: str = SANITIZERS) -> Path:
 
 def environment(folder: Path, sanitizers: str = SANITIZERS) -> dict[str, str]:
     """Of a Python that imports torchfast from the folder. The sanitizers must be loaded before it starts."""
-    names = {"address": "libasan", "undefined": "libubsan", "thread": "libtsan"}
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    libraries = (
+    libraries = [
         subprocess.run(
-            [*compiler, f"-print-file-name={names[name]}.so"], capture_output=True, text=True, check=True
+            [*compiler, f"-print-file-name={LIBRARIES[name]}"], capture_output=True, text=True, check=True
         ).stdout.strip()
         for name in sanitizers.split(",")
-    )
+    ]
+    if sanitizers == "thread" and folder.exists():
+        libraries.append(str(folder / "tsan_parallel_for.so"))
+        source = ROOT / "tests" / "tsan_parallel_for.c"
+        subprocess.run([*compiler, "-x", "c", "-fPIC", "-shared", source, "-o", libraries[-1], "-ldl"], check=True)
     return os.environ | {
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end, and a container may forbid ptrace
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
         "PYTHONPATH": str(folder),
         "PYTHONSAFEPATH": "1",  # not the sources' own torchfast, with the normal build
     }
 
 
-def main(arguments: list[str]) -> int:
-    # Captured at the level of Python alone, or a finding's report ends with the process that made it.
-    command = [sys.executable, "-m", "pytest", "--kernel", "native", "--capture=sys", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(build())).returncode
+def main(sanitizers: str, *command: str) -> int:
+    return subprocess.run([sys.executable, *command], env=environment(build(ROOT, sanitizers), sanitizers)).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))
