@@ -1,12 +1,13 @@
-# make demo | test | bench | docs | lint | types | clean. Each first does `make setup`, which creates .venv,
-# installs the pinned development environment and builds the extension; it does nothing when up to date.
+# make demo | test | bench | docs | dist | sanitize | lint | types | clean. Each first does `make setup`,
+# which creates .venv, installs the pinned development environment and builds the extension; it does nothing when
+# up to date.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
-PY_CODE := setup.py torchfast tests benchmarks examples docs
+PY_CODE := setup.py .ci torchfast tests benchmarks examples docs
 CPP_CODE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup demo test lint types bench docs clean
+.PHONY: setup demo test lint types bench docs dist sanitize clean
 
 setup: .venv/built
 
@@ -52,6 +53,27 @@ bench: setup
 
 docs: setup
 	$(BIN)/mkdocs build --strict
+
+# The wheel is built from the source distribution, and tagged with the oldest Linux that it runs on.
+dist: setup
+	rm -rf dist
+	TORCHFAST_BUILD=require $(BIN)/python -m build --no-isolation
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libc10.so --exclude libtorch_cpu.so \
+		--wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	$(BIN)/python .ci/audit_wheel.py dist/*.whl
+	$(BIN)/twine check --strict dist/*
+
+# What reads and writes memory, at odd sizes and strides, for every instruction set; not what is about Python alone.
+SANITIZED := $(LOSSES) $(METRICS) -k "(test_ops or test_metric_ops or strides or layout or sizes or any_size) \
+	and not opcheck and not compile and not samples_reach and not memory"
+SANITIZE := $(BIN)/python tests/sanitizers.py address,undefined -m pytest -q -n auto --kernel native --capture=sys
+
+sanitize: setup
+	$(SANITIZE) $(SANITIZED)
+	TORCHFAST_ISA=avx2 $(SANITIZE) $(SANITIZED)
+	TORCHFAST_ISA=baseline $(SANITIZE) $(SANITIZED)
+	$(BIN)/python tests/sanitizers.py thread -m torchfast.selftest --device cpu
 
 clean:
 	rm -rf .venv build dist site *.egg-info torchfast/_C*.so

@@ -4,6 +4,7 @@ Without torch or a compiler the package is pure Python, and says so. Environment
   TORCHFAST_BUILD = auto | require | 0    the extension
   TORCHFAST_CUDA  = auto | require | 0    its CUDA code
   TORCH_CUDA_ARCH_LIST (default "8.0;9.0;10.0+PTX"), MAX_JOBS, CXX, CUDA_HOME
+  TORCHFAST_SANITIZE = address,undefined | thread    for `make sanitize`: not a build to keep
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def cuda_library_dir(nvcc: str) -> str:
         if line.startswith("#$ LIBRARIES="):
             for flag in shlex.split(line.split("=", 1)[1]):
                 folder = Path(flag.removeprefix("-L").strip('"'))
-                if (folder / "libcudart_static.a").exists():
-                    return str(folder)
+                # The nvcc of the package nvidia-cuda-nvcc names lib64, but that package has lib.
+                for candidate in (folder, folder.parent / "lib"):
+                    if (candidate / "libcudart_static.a").exists():
+                        return str(candidate)
     raise RuntimeError(f"libcudart_static.a not found beside {nvcc}")
 
 
@@ -104,6 +107,14 @@ def native_build() -> dict:
     if nvcc:
         macros["TORCHFAST_WITH_CUDA"] = "1"
     flags = "-O3 -std=c++20 -ffp-contract=fast -fvisibility=hidden -g0 -Wall -Wno-psabi -Wno-unused-parameter"
+    flags += " -Wno-maybe-uninitialized"  # of which GCC's own intrinsics are full
+    # The checks' messages name their file: by its path in the sources, not on this machine.
+    flags += f" -ffile-prefix-map={HERE}/= -ffile-prefix-map={Path(torch.__file__).parent}/include/="
+    link_flags = "-Wl,-s"
+    if sanitizers := os.environ.get("TORCHFAST_SANITIZE"):
+        # Python's own flags have -fwrapv, which makes signed overflow defined, so not a finding.
+        link_flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all"
+        flags += f" -O1 -g1 -fno-omit-frame-pointer -fno-wrapv {link_flags}"
     extension = CppExtension(
         "torchfast._C",
         sorted(str(p.relative_to(HERE)) for p in (HERE / "csrc").rglob("*.cpp")),
@@ -111,7 +122,7 @@ def native_build() -> dict:
         define_macros=list(macros.items()),
         include_dirs=[str(HERE / "csrc")],
         extra_compile_args=flags.split(),
-        extra_link_args=["-Wl,-s"],
+        extra_link_args=link_flags.split(),
     )
 
     class Build(BuildExtension):

@@ -219,13 +219,13 @@ TORCHFAST_INLINE R max_lanes(Vec<R> v) {
 
 // ---- Comparisons: counted, or as bits of an integer -------------------------------------------
 
-// Adds 1 where the condition holds.
-template <class I>
-TORCHFAST_INLINE void count_if(I& counts, I condition) {
+// Adds 1 where the condition holds. Of doubles it is a vector of long or long long: compilers differ.
+template <class I, class Condition>
+TORCHFAST_INLINE void count_if(I& counts, Condition condition) {
 #if TORCHFAST_VECTOR_BYTES == 64
   counts = condition ? counts + 1 : counts;  // one addition under a mask
 #else
-  counts -= condition;
+  counts -= (I)condition;
 #endif
 }
 
@@ -359,9 +359,8 @@ TORCHFAST_INLINE Vec<double> exp_nonpositive(Vec<double> x, auto... low) {
 
 // log(x) for normal x > 0 (Cephes logf), about 1 ulp.
 TORCHFAST_INLINE Vec<float> log_positive(Vec<float> x) {
-  IntVec<float> bits = bit_cast<IntVec<float>>(x);
-  // mantissa in [sqrt(1/2), sqrt(2)): 0x3f3504f3 is sqrt(1/2)
-  IntVec<float> shifted = bits - 0x3f3504f3;
+  // Mantissa in [sqrt(1/2), sqrt(2)): 0x3f3504f3 is sqrt(1/2). Unsigned, for lanes that are not positive.
+  IntVec<float> shifted = bit_cast<IntVec<float>>(bit_cast<WordBits>(x) - 0x3f3504f3u);
   Vec<float> e = __builtin_convertvector(shifted >> 23, Vec<float>);
   Vec<float> f = bit_cast<Vec<float>>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
   Vec<float> q = f * 7.0376836292e-2f - 1.1514610310e-1f;

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -80,6 +82,8 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_works(source: Path, tmp
     assert "building pure Python, because there is no C++ compiler" in log
     names = unpack(wheel, tmp_path / "site")
     assert "torchfast/py.typed" in names and not [n for n in names if n.endswith((".so", ".cpp", ".cu"))]
+    code, output = audit(wheel)
+    assert code == 0 and "pure Python" in output, output
     assert_works_as_reference(tmp_path / "site")
 
 
@@ -114,14 +118,52 @@ def test_a_source_distribution_made_without_torch_can_be_built_natively(source: 
     assert len(sources) > 5 and sources <= names, result.stderr
 
 
-@pytest.mark.skipif(_native.unavailable_reason is not None, reason="this build is pure Python")
-def test_the_native_wheel_holds_the_library_and_serves_the_op(source: Path, tmp_path: Path) -> None:
-    one = "9.0"  # the code for all GPUs is that of the checkout, below
-    wheel, log = build_wheel(source, tmp_path, TORCHFAST_BUILD="require", TORCH_CUDA_ARCH_LIST=one)
+@pytest.fixture(scope="module")
+def native_wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if _native.unavailable_reason is not None:
+        pytest.skip("this build is pure Python")
+    one = {"TORCH_CUDA_ARCH_LIST": "9.0"}  # the code for all GPUs is that of the checkout, below
+    wheel, log = build_wheel(source, tmp_path_factory.mktemp("native"), TORCHFAST_BUILD="require", **one)
     assert wheel is not None, log
-    names = unpack(wheel, tmp_path / "site")
-    assert [n for n in names if n.startswith("torchfast/_C") and n.endswith(".so")]
-    assert not [n for n in names if n.endswith((".cpp", ".cu", ".h", ".o"))]
+    return wheel
+
+
+def audit(wheel: Path) -> tuple[int, str]:
+    result = run(".ci/audit_wheel.py", str(wheel), cwd=ROOT)
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_the_native_wheel_passes_the_audit_of_its_content(native_wheel: Path) -> None:
+    _, output = audit(native_wheel)
+    found = [line for line in output.splitlines() if line and not line.startswith(("CUDA code for", "torchfast-"))]
+    missing = ["the binary has no code for sm_100", "the binary has no code for sm_80"]  # it was made for one GPU
+    assert "native" in output and found == (missing if "CUDA code for sm_90" in output else []), output
+
+
+def test_the_audit_says_what_is_wrong_with_a_wheel(native_wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(native_wheel) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    (binary,) = (name for name in content if name.endswith(".so"))
+    other_python = re.sub(r"cp\d+-cp\d+", "cp39-cp39", native_wheel.name)
+    path = b"/home/someone/csrc/walk.h"
+    for name, changes, said in (
+        (native_wheel.name, {"torchfast/py.typed": None}, "torchfast/py.typed is missing"),
+        (native_wheel.name, {"tests/test_ops.py": b""}, "tests/test_ops.py does not belong in it"),
+        (native_wheel.name, {"torchfast/_C.other.so": b""}, "torchfast/_C.other.so does not belong in it"),
+        (native_wheel.name, {binary: content[binary] + b"\0" + path + b"\0"}, "names /home/someone/csrc/walk.h"),
+        (native_wheel.name, {binary: None}, "its tags are those of a binary, but it has none"),
+        (other_python, {}, f"but the binary is {binary}"),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for entry, data in (content | changes).items():
+                if data is not None:
+                    archive.writestr(entry, data)
+        code, output = audit(tmp_path / name)
+        assert code == 1 and said in output, output
+
+
+def test_the_native_wheel_serves_the_op(native_wheel: Path, tmp_path: Path) -> None:
+    unpack(native_wheel, tmp_path / "site")
     site = tmp_path / "site"
     assert float(run_installed(LOSS, site)) == pytest.approx(0.5514447)
     info = json.loads(run_installed(INFO, site))
@@ -155,6 +197,20 @@ def test_the_binary_finds_functions_of_libraries_that_it_does_not_link_with() ->
     assert not torchfast._C.has_symbol("libtorch_python.so", "aoti_torch_get_current_cuda_stream")
     cuda = torchfast._C.has_symbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream")
     assert cuda == (torch.version.cuda is not None)
+
+
+@pytest.mark.skipif(_native.unavailable_reason is not None, reason="this build is pure Python")
+def test_the_stub_of_the_extension_names_what_it_has() -> None:
+    stub = ast.parse((ROOT / "torchfast" / "_C.pyi").read_text()).body
+    info = torchfast._C.build_info()
+    (keys,) = ({line.target.id for line in node.body} for node in stub if isinstance(node, ast.ClassDef))
+    assert keys == info.keys() and all(type(value) is str for value in info.values())
+    functions = {node.name: [a.arg for a in node.args.args] for node in stub if isinstance(node, ast.FunctionDef)}
+    signatures = {n: getattr(torchfast._C, n).__doc__.split(" -> ")[0] for n in functions if hasattr(torchfast._C, n)}
+    assert signatures.keys() == {name for name in dir(torchfast._C) if not name.startswith("_")}
+    assert functions.keys() - signatures.keys() == (set() if info["cuda_archs"] else {"cuda_probe", "has_symbol"})
+    for name, signature in signatures.items():
+        assert re.findall(r"(\w+): ", signature) == functions[name]
 
 
 def test_importing_is_light() -> None:

@@ -1,5 +1,6 @@
-from typing import TypedDict
+from typing import TypedDict, type_check_only
 
+@type_check_only
 class BuildInfo(TypedDict):
     compiler: str
     built_with_torch: str
@@ -7,5 +8,7 @@ class BuildInfo(TypedDict):
     simd: str
 
 def build_info() -> BuildInfo: ...
+
+# In builds with CUDA code:
 def cuda_probe(device: int = 0) -> int: ...
 def has_symbol(library: str, symbol: str) -> bool: ...

@@ -1,0 +1,106 @@
+"""Checks a wheel's content: `python .ci/audit_wheel.py dist/*.whl` prints what is wrong with it and exits 1, or 0.
+
+It must hold the package's Python files, its stubs and one binary, and nothing else. The binary must fit the wheel's
+tags, ask of torch its stable C functions alone, name no path of the machine that built it, and where it has CUDA code,
+have it for every architecture that the README promises.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+from packaging.utils import parse_wheel_filename
+
+ROOT = Path(__file__).parent.parent
+CUDA_ARCHS = {"sm_80", "sm_90", "sm_100"}
+# libtorch_python and libcudart would tie the binary to one torch; the CUDA runtime is linked statically.
+LIBRARIES = r"lib(c10|torch|torch_cpu|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so(\.\d+)?|ld-linux-.*"
+UNSTABLE = r"_ZNK?(2at|3c10|5torch)"  # C++ functions of torch: they change with every release
+METADATA = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE"}
+ABSOLUTE_PATH = rb"(?<=\0)/[\w.+\-/]+/[\w.+\-]+\.(?:h|hpp|c|cc|cpp|cu|cuh)(?=\0)"
+
+
+def cuobjdump() -> str | None:
+    """CUDA's own, or that of a package: triton or nvidia-cuda-cuobjdump."""
+    packages = Path(sysconfig.get_path("purelib"))
+    found = [*packages.glob("triton/backends/nvidia/bin/cuobjdump"), *packages.glob("nvidia/cu*/bin/cuobjdump")]
+    return shutil.which("cuobjdump") or (str(found[0]) if found else None)
+
+
+def package_files() -> set[str]:
+    files = (path for path in (ROOT / "torchfast").rglob("*") if path.suffix in (".py", ".pyi") or path.stem == "py")
+    return {str(path.relative_to(ROOT)) for path in files}
+
+
+def findings_of_names(wheel: Path, names: set[str], binary: str | None) -> Iterator[str]:
+    name, version, _, tags = parse_wheel_filename(wheel.name)
+    metadata = {n for n in names if n.startswith(f"{name}-{version}.dist-info/")}
+    expected = package_files() | ({binary} if binary else set())
+    yield from (f"{n} is missing" for n in sorted(expected - names))
+    yield from (f"{n} does not belong in it" for n in sorted(names - metadata - expected))
+    for n in sorted(n for n in metadata if n.split("/", 1)[1] not in METADATA):
+        yield f"{n} does not belong in it"
+    if binary is None:
+        if {str(tag) for tag in tags} != {"py3-none-any"}:
+            yield "its tags are those of a binary, but it has none"
+        return
+    # pybind11 is not limited to Python's stable ABI, so that the wheel is of one Python.
+    for tag in tags:
+        python = re.fullmatch(r"cp(\d+t?)", tag.abi)
+        if not python or not tag.interpreter.startswith("cp") or tag.platform == "any":
+            yield f"tag {tag}, but the binary is of one Python and platform"
+        elif f".cpython-{python[1]}-" not in binary:
+            yield f"tag {tag}, but the binary is {binary}"
+
+
+def findings_of_elf(path: Path) -> Iterator[str]:
+    data = path.read_bytes()
+    for found in sorted(set(re.findall(ABSOLUTE_PATH, data))):
+        yield f"the binary names {found.decode()}"
+    with path.open("rb") as file:
+        elf = ELFFile(file)
+        for tag in elf.get_section_by_name(".dynamic").iter_tags():
+            if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH"):
+                yield f"the binary looks for libraries in {getattr(tag, 'runpath', None) or tag.rpath}"
+            if tag.entry.d_tag == "DT_NEEDED" and not re.fullmatch(LIBRARIES, tag.needed):
+                yield f"the binary needs {tag.needed}"
+        for symbol in elf.get_section_by_name(".dynsym").iter_symbols():
+            if symbol["st_shndx"] == "SHN_UNDEF" and re.match(UNSTABLE, symbol.name):
+                yield f"the binary needs torch's {symbol.name}, which is not of its stable ABI"
+        if elf.get_section_by_name(".symtab") or elf.get_section_by_name(".debug_info"):
+            yield "the binary is not stripped"
+        cuda = elf.get_section_by_name(".nv_fatbin") is not None
+    if cuda and (tool := cuobjdump()) is None:
+        yield "what the binary's CUDA code is for needs cuobjdump, as of the package nvidia-cuda-cuobjdump"
+    elif cuda:
+        listed = subprocess.run([tool, "--list-elf", path], capture_output=True, text=True).stdout
+        archs = set(re.findall(r"sm_\d+", listed))
+        print(f"CUDA code for {', '.join(sorted(archs, key=lambda arch: int(arch[3:])))}")
+        yield from (f"the binary has no code for {arch}" for arch in sorted(CUDA_ARCHS - archs))
+
+
+def audit(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        names = [n for n in archive.namelist() if not n.endswith("/")]
+        binaries = [n for n in names if re.fullmatch(r"torchfast/_C\.cpython-[\w\-]+\.so", n)]
+        found = [*findings_of_names(wheel, set(names), binaries[0] if binaries else None)]
+        if binaries and archive.read(binaries[0])[:4] == b"\x7fELF":  # macOS has another format
+            found += findings_of_elf(Path(archive.extract(binaries[0], folder)))
+    size = wheel.stat().st_size / 2**20
+    print(f"{wheel.name}: {len(names)} files, {size:.1f} MiB, {'native' if binaries else 'pure Python'}")
+    return found
+
+
+if __name__ == "__main__":
+    wrong = [finding for wheel in sys.argv[1:] for finding in audit(Path(wheel))]
+    print(*wrong, sep="\n")
+    sys.exit(bool(wrong) or len(sys.argv) < 2)

@@ -1,0 +1,57 @@
+"""Runs a Python command on a build of the C++ kernels whose every memory access or integer operation is checked.
+
+python tests/sanitizers.py address,undefined -m pytest tests/test_ops.py   # the build goes into build/sanitize-...
+python tests/sanitizers.py thread -m torchfast.selftest                    # looks for data races
+
+The first finding ends the process, and its report says where it was. pytest needs --capture=sys, or it swallows that.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SANITIZERS = "address,undefined"
+LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
+
+
+def build(source: Path = ROOT, sanitizers: str = SANITIZERS) -> Path:
+    """Of setup.py's CPU part, beside the normal one; gives the folder to import it from."""
+    folder = source / "build" / f"sanitize-{sanitizers.replace(',', '-')}"
+    command = ["setup.py", "--quiet", "build", "--build-base", folder, "--build-lib", folder / "lib"]
+    asked = {"TORCHFAST_SANITIZE": sanitizers, "TORCHFAST_BUILD": "require", "TORCHFAST_CUDA": "0"}
+    subprocess.run([sys.executable, *command], cwd=source, env=os.environ | asked, check=True)
+    return folder / "lib"
+
+
+def environment(folder: Path, sanitizers: str = SANITIZERS) -> dict[str, str]:
+    """Of a Python that imports torchfast from the folder. The sanitizers must be loaded before it starts."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    libraries = [
+        subprocess.run(
+            [*compiler, f"-print-file-name={LIBRARIES[name]}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in sanitizers.split(",")
+    ]
+    if sanitizers == "thread" and folder.exists():
+        libraries.append(str(folder / "tsan_parallel_for.so"))
+        source = ROOT / "tests" / "tsan_parallel_for.c"
+        subprocess.run([*compiler, "-x", "c", "-fPIC", "-shared", source, "-o", libraries[-1], "-ldl"], check=True)
+    return os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end, and a container may forbid ptrace
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "PYTHONPATH": str(folder),
+        "PYTHONSAFEPATH": "1",  # not the sources' own torchfast, with the normal build
+    }
+
+
+def main(sanitizers: str, *command: str) -> int:
+    return subprocess.run([sys.executable, *command], env=environment(build(ROOT, sanitizers), sanitizers)).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
