@@ -43,7 +43,8 @@ def environment(folder: Path, sanitizers: str = SANITIZERS) -> dict[str, str]:
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end, and a container may forbid ptrace
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "halt_on_error=1",
+        # torch's mutexes: only some of its libraries are suppressed.
+        "TSAN_OPTIONS": f"halt_on_error=1:report_mutex_bugs=0:suppressions={ROOT / 'tests' / 'tsan_suppressions.txt'}",
         "PYTHONPATH": str(folder),
         "PYTHONSAFEPATH": "1",  # not the sources' own torchfast, with the normal build
     }

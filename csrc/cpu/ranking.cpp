@@ -83,9 +83,8 @@ namespace {
 
 using ranking::Group;
 
-constexpr int64_t kChunk = 2048;              // scores that stay in L1
-constexpr int64_t kBlock = 32768;             // documents that a thread takes at a time
-constexpr int64_t kMaxDocuments = INT32_MAX;  // of a query
+constexpr int64_t kChunk = 2048;   // scores that stay in L1
+constexpr int64_t kBlock = 32768;  // documents that a thread takes at a time
 
 // What the metrics sum up to a cut-off, from groups of tied documents in any order.
 class Groups {
