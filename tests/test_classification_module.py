@@ -275,8 +275,8 @@ def test_a_collection_does_not_merge_metrics_that_agree_on_the_first_batch(devic
     assert found == {"a": 2 / 3, "b": 1.0}
 
 
-def test_processes_with_different_numbers_of_batches(tmp_path):
-    runs = ((2, 3, 1), (3, 1, 0), (1, 0, 2))
+@pytest.mark.parametrize("runs", [((2, 3), (3, 0)), ((2, 3, 1), (3, 1, 0), (1, 0, 2))], ids=["two", "three"])
+def test_processes_with_different_numbers_of_batches(runs, tmp_path):
     for counts, found in zip(runs, run_together("classification_process.py", runs, tmp_path), strict=True):
         for weighted, task in itertools.product((False, True), (*TASKS, "regression")):
             batches = batches_of(task, "cpu", range(sum(counts)))
