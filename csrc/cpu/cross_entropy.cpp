@@ -817,7 +817,8 @@ void backward_row(const Problem<T, R>& problem, int64_t i, Int<R> target, const 
 }
 
 template <class T, class R>
-void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& residuals, const Tensor& gradient) {
+void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& residuals, const Tensor& gradient,
+              FreshMemory* fresh) {
   Problem<T, R> problem(a, &gradient);
   STD_TORCH_CHECK(residuals.numel() == 3 * problem.rows + 1 && residuals.scalar_type() == real_type<R> &&
                       grad_loss.numel() == (a.reduction == 0 ? problem.rows : 1),
@@ -846,6 +847,7 @@ void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& residua
     }
     for (int64_t i = begin; i < begin + n; ++i) {
       T* to = out + problem.positions.offset(i, 2);
+      if (fresh && out_stride == 1) fresh->reach(to, problem.classes * sizeof(T));
       R upstream = s.upstream[i - begin];
       if (upstream == 0) {  // an ignored row is not read, whatever it holds
         for (int64_t c = 0; c < problem.classes; ++c) to[c * out_stride] = T{};
@@ -870,9 +872,9 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& a) {
 }
 
 void run_backward(const Arguments& a, const Tensor& grad_loss, const Tensor& residuals,
-                  const Tensor& gradient) {
+                  const Tensor& gradient, FreshMemory* fresh) {
   with_logits_type(a.logits, [&](auto t, auto r) {
-    backward<decltype(t), decltype(r)>(a, grad_loss, residuals, gradient);
+    backward<decltype(t), decltype(r)>(a, grad_loss, residuals, gradient, fresh);
   });
 }
 
@@ -899,10 +901,10 @@ Tensor cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, st
                               double z_loss, double softcap, double logit_scale, bool empty_zero, bool,
                               Tensor residuals) {
   Tensor gradient = torch::stable::empty_like(logits);
-  advise_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
+  FreshMemory fresh(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
   TORCHFAST_DISPATCH(run_backward)({logits, target, weight, alpha, sample_weight, ignore_index, reduction,
                                     label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero},
-                                   grad_loss, residuals, gradient);
+                                   grad_loss, residuals, gradient, &fresh);
   return gradient;
 }
 
@@ -914,7 +916,7 @@ void cross_entropy_backward_(Tensor grad_loss, Tensor logits, Tensor target, std
                              Tensor residuals) {
   TORCHFAST_DISPATCH(run_backward)({logits, target, weight, alpha, sample_weight, ignore_index, reduction,
                                     label_smoothing, gamma, z_loss, softcap, logit_scale, empty_zero},
-                                   grad_loss, residuals, logits);
+                                   grad_loss, residuals, logits, nullptr);
 }
 
 }  // namespace

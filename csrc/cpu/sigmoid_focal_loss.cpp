@@ -510,13 +510,14 @@ std::tuple<Tensor, Tensor> forward(const Arguments& a) {
                                  : torch::stable::new_empty(a.logits, {}, real_type<R>);
   Tensor divisor = torch::stable::new_empty(a.logits, {1}, real_type<R>);
   R* each_loss = a.reduction == 0 ? static_cast<R*>(loss.mutable_data_ptr()) : nullptr;
-  if (each_loss) advise_huge_pages(each_loss, loss.numel() * sizeof(R));
+  FreshMemory fresh(each_loss, each_loss ? loss.numel() * sizeof(R) : 0);
   Problem<R> problem(a, memory_order(each_loss ? loss : a.logits));
   Formula<R> k(a, 1);
   std::vector<double> sums(problem.blocks);
   std::vector<int64_t> skipped(problem.blocks);
 
   problem.for_each_tile([&](int64_t i, int64_t n, int64_t block, Scratch<R>& s) {
+    if (each_loss) fresh.reach(each_loss + i, n * sizeof(R));
     Tile<R> tile = problem.tile(i, n, s);
     with_kernel(tile, k, problem.is_hard(), [&](auto mode, auto hard, auto weighted) {
       sums[block] +=
@@ -537,7 +538,8 @@ std::tuple<Tensor, Tensor> forward(const Arguments& a) {
 }
 
 template <class T, class R>
-void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor, const Tensor& gradient) {
+void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor, const Tensor& gradient,
+              FreshMemory& fresh) {
   STD_TORCH_CHECK(divisor.numel() == 1 && divisor.scalar_type() == real_type<R> && divisor.is_cpu() &&
                       grad_loss.is_cpu() && grad_loss.numel() == (a.reduction == 0 ? a.logits.numel() : 1),
                   "backward was given a divisor or a gradient of another forward");
@@ -548,6 +550,7 @@ void backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor
   T* to = static_cast<T*>(gradient.mutable_data_ptr());
 
   problem.for_each_tile([&](int64_t i, int64_t n, int64_t, Scratch<R>& s) {
+    fresh.reach(to + i, n * sizeof(T));
     Tile<R> tile = problem.tile(i, n, s);
     R* out = s.out;
     if constexpr (std::is_same_v<T, R>) out = to + i;
@@ -564,10 +567,11 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& a) {
   return with_logits_type(a.logits, [&](auto, auto r) { return forward<decltype(r)>(a); });
 }
 
-void run_backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor,
-                  const Tensor& gradient) {
-  with_logits_type(
-      a.logits, [&](auto t, auto r) { backward<decltype(t), decltype(r)>(a, grad_loss, divisor, gradient); });
+void run_backward(const Arguments& a, const Tensor& grad_loss, const Tensor& divisor, const Tensor& gradient,
+                  FreshMemory& fresh) {
+  with_logits_type(a.logits, [&](auto t, auto r) {
+    backward<decltype(t), decltype(r)>(a, grad_loss, divisor, gradient, fresh);
+  });
 }
 
 }  // namespace
@@ -592,10 +596,10 @@ Tensor sigmoid_focal_loss_backward(Tensor grad_loss, Tensor logits, Tensor targe
                                    double alpha, double gamma, double gamma_neg, double clip,
                                    double label_smoothing, bool empty_zero, Tensor divisor) {
   Tensor gradient = torch::stable::empty_like(logits);
-  advise_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
+  FreshMemory fresh(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
   TORCHFAST_DISPATCH(run_backward)({logits, target, weight, pos_weight, mask, ignore_index, reduction, alpha,
                                     gamma, gamma_neg, clip, label_smoothing, empty_zero},
-                                   grad_loss, divisor, gradient);
+                                   grad_loss, divisor, gradient, fresh);
   return gradient;
 }
 
