@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cases import FLOORS
-from plot import HERE, Row, newest_run, origin, time_text
+from plot import HERE, Row, newest_run, origin, short, time_text
 
 README = HERE.parent / "README.md"
 CASES = (
@@ -62,7 +62,7 @@ def table(rows: list[Row]) -> Iterator[str]:
         def compared(who: str | None, name: str = "", found: dict[str, float] = found, ours: float = ours) -> str:
             if who not in found:
                 return ""
-            return f"{name}{time_text(found[who])} ({found[who] / ours:.2g}x)"
+            return f"{name}{time_text(found[who])} ({short(found[who] / ours)}x)"
 
         known = ("torchfast", "eager", "torch.compile", *FLOORS)
         others = {who: t for who, t in found.items() if who not in known and not who.startswith("torchfast")}

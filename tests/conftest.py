@@ -8,8 +8,9 @@ python tests/cuda_emulator the CUDA kernels of the metrics on CPU tensors, in an
 TORCHFAST_ISA=avx2 pytest  the CPU's kernels in narrower vectors (baseline: in those of every x86-64)
 
 The first of these, and GPUs, run every test. The others test the same code with other kernels in it. They leave out
-what kernels have no part in: the tests that take no ``device``, and those marked ``once``; ``once("reference")`` is of
-those that compare with the reference. And where a test has three parameters or more, they take of the combinations
+what kernels have no part in: the tests that take no ``device``, and those marked ``once``; ``once("reference")`` leaves
+out of that run alone what compares with the reference, ``once("native", "triton")`` keeps in it what checks the
+reference, which is also the fallback, against torch and finite differences. And where a test has three parameters or more, they take of the combinations
 only so many that any values of any two parameters meet.
 """
 
@@ -44,7 +45,7 @@ def devices(config):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "once(kernel): says nothing new of other kernels, or of this one")
+    config.addinivalue_line("markers", "once(*kernels): says nothing new of other kernels, or of these")
     wanted = config.getoption("--kernel")
     if wanted in ("triton", "reference", "emulator"):  # before torchfast is imported
         os.environ["TORCHFAST_DISABLE_NATIVE"] = "1"
@@ -89,8 +90,8 @@ def pytest_report_header(config):
 
 def pytest_collection_modifyitems(config, items):
     """What a run of other kernels leaves out: see above."""
-    kernel = config.getoption("--kernel")
-    if kernel in (None, "native") and not os.environ.get("TORCHFAST_ISA"):
+    kernel = config.getoption("--kernel") or "native"
+    if kernel == "native" and not os.environ.get("TORCHFAST_ISA"):
         return
     tests = {}
     for item in items:

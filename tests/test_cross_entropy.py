@@ -275,7 +275,7 @@ def test_loss_and_gradient_follow_the_formula_for_any_options(data, device):
 
 @settings(max_examples=100)
 @given(data=st.data())
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_both_derivatives_match_finite_differences_for_any_options(data, device):
     """The options of the test above on logits that finite differences can follow."""
     x, target, weight, options = data.draw(calls(device))
@@ -1234,7 +1234,7 @@ def test_gradient_of_sample_weights_that_are_zero(device):
 @option_sets
 @pytest.mark.parametrize("route", ["kernel", "weight", "alpha", "sample_weight", "create_graph", "func.grad"])
 @pytest.mark.parametrize("special", ["ignored", "sample weight 0", "masked", "certain"])
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_special_rows_are_right_on_every_route_to_the_gradient(special, route, options, device):
     """All but the first differentiate plain PyTorch, where 0 * NaN in a masked branch is a trap."""
     x, t = example(device)
@@ -1432,7 +1432,7 @@ def assert_agrees_with_torch(ours, theirs, x, target, weight=None, **options):
 
 
 @by_dtype
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_module_inputs_of_torch(dtype, torch_cases, device):
     """All inputs that torch tests nn.CrossEntropyLoss with: forward and gradient."""
     info, _ = torch_cases
@@ -1454,7 +1454,7 @@ def test_module_inputs_of_torch(dtype, torch_cases, device):
     assert count > 0
 
 
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_error_inputs_of_torch(torch_cases, device):
     """torch raises RuntimeError for most of these; a wrong argument is a ValueError or TypeError here."""
     info, _ = torch_cases
@@ -1467,7 +1467,7 @@ def test_error_inputs_of_torch(torch_cases, device):
 
 
 @by_dtype
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_op_samples_of_torch(dtype, torch_cases, device):
     """All samples of torch's OpInfo of cross_entropy, also with gradients of the probabilities."""
     _, info = torch_cases

@@ -182,7 +182,7 @@ def calls(draw, device):
 
 @settings(max_examples=200)
 @given(data=st.data())
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_any_options_shapes_and_layouts_give_the_two_steps(data, device):
     x, w, b, target, options = data.draw(calls(device))
     assert_as_two_steps(x, w, b, target, **options)
@@ -311,7 +311,7 @@ def small(device, **options):
 
 @option_sets
 @by_reduction
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_first_and_second_derivatives_match_finite_differences(reduction, options, device):
     if "normalizer" in options and reduction != "mean":
         options = {}
@@ -830,7 +830,7 @@ def assert_agrees_with_torch(x, w, target, linear_bias=None, **options):
 
 
 @by_dtype
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_op_samples_of_torch(dtype, torch_cases, device):
     """Of classifiers of one output a class: ours has no other."""
     count = 0
@@ -845,7 +845,7 @@ def test_op_samples_of_torch(dtype, torch_cases, device):
 
 
 @by_dtype
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_module_inputs_of_torch(dtype, torch_cases, device):
     info, _ = torch_cases
     count = 0

@@ -117,7 +117,7 @@ def test_meta_tensors_give_shapes_and_dtypes_and_read_no_data(op, number, device
 
 
 @every_sample
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_gradient_and_forward_mode_match_finite_differences(op, number, device):
     sample = take(op, number, device, torch.float64)
     x = sample.args[0].detach().requires_grad_()
@@ -126,7 +126,7 @@ def test_gradient_and_forward_mode_match_finite_differences(op, number, device):
 
 
 @every_sample
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_second_derivative_matches_finite_differences(op, number, device):
     """opcheck passes with a wrong double backward; this does not."""
     sample = take(op, number, device, torch.float64)

@@ -407,7 +407,7 @@ def test_loss_and_gradient_follow_the_formula_for_any_options(data, device):
 
 @settings(max_examples=60)
 @given(data=st.data())
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_both_derivatives_match_finite_differences_for_any_options(data, device):
     """The options of the test above on logits that finite differences can follow."""
     x, targets, _, options = data.draw(calls(device))
@@ -428,7 +428,7 @@ def test_both_derivatives_match_finite_differences_for_any_options(data, device)
 @pytest.mark.parametrize("gamma_neg", [None, 0.0, 1.5])
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 @pytest.mark.parametrize("kind, label_smoothing", [("soft", 0.0), ("class ids", 0.0), ("class ids", 0.1)])
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_derivatives_match_finite_differences(gamma, gamma_neg, clip, kind, label_smoothing, device):
     x = torch.linspace(-3, 3, 12, dtype=torch.float64, device=device).reshape(3, 4)
     x = torch.where((x.sigmoid() - clip).abs() < 0.02, x + 0.3, x).requires_grad_()
@@ -1057,7 +1057,7 @@ def test_gradients_of_targets_and_weights(name, options, device):
 @option_sets
 @pytest.mark.parametrize("route", ["kernel", "weight", "pos_weight", "targets", "create_graph", "func.grad"])
 @pytest.mark.parametrize("special", ["masked", "ignored", "weight 0", "certain"])
-@pytest.mark.once
+@pytest.mark.once("native", "triton")
 def test_special_elements_are_right_on_every_route_to_the_gradient(special, route, options, device):
     """All but the first differentiate plain PyTorch, where 0 * NaN in a masked branch is a trap."""
     x, y = example(device)

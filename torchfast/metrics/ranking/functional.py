@@ -177,13 +177,9 @@ def ranking_metrics(
     )
     if reduction == "none":
         return dict(zip(options.names, per_query.marked(), strict=True))
-    if query_weight is None and per_query.skipped is None:
-        means = per_query.values.sum(1) / per_query.values.shape[1]
-    else:
-        weight = None if query_weight is None else check_weight(query_weight, per_query.values)
-        sums, weights = per_query.sums(weight)
-        means = sums / weights
-    return dict(zip(options.names, means.unbind(), strict=True))
+    weight = None if query_weight is None else check_weight(query_weight, per_query.values)
+    sums, weights = per_query.sums(weight)
+    return dict(zip(options.names, (sums / weights).unbind(), strict=True))
 
 
 # ---- One metric ------------------------------------------------------------------------------
