@@ -8,10 +8,10 @@ python tests/cuda_emulator the CUDA kernels of the metrics on CPU tensors, in an
 TORCHFAST_ISA=avx2 pytest  the CPU's kernels in narrower vectors (baseline: in those of every x86-64)
 
 The first of these, and GPUs, run every test. The others test the same code with other kernels in it. They leave out
-what kernels have no part in: the tests that take no ``device``, and those marked ``once``; ``once("reference")`` leaves
-out of that run alone what compares with the reference, ``once("native", "triton")`` keeps in it what checks the
-reference, which is also the fallback, against torch and finite differences. And where a test has three parameters or more, they take of the combinations
-only so many that any values of any two parameters meet.
+what kernels have no part in: the tests that take no ``device``, and those marked ``once``. ``once("reference")`` leaves
+out of that run alone what compares with the reference; ``once("native", "triton")`` keeps in it what checks the
+reference, which is also the fallback, against torch and finite differences. And where a test has three parameters or
+more, they take of the combinations only so many that any values of any two parameters meet.
 """
 
 import itertools
