@@ -55,7 +55,7 @@ TORCHFAST_INLINE To bit_cast(const From& from) {
 
 template <class R>
 TORCHFAST_INLINE Vec<R> splat(R value) {
-  return Vec<R>{} + value;
+  return value - Vec<R>{};  // a broadcast; 0 + value is an addition, for the sake of -0.0
 }
 
 // ---- Conversions: half precision is widened and rounded (to nearest even) in registers --------

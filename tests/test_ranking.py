@@ -804,7 +804,7 @@ def test_bad_offsets_are_never_read_through(device):
     """On GPUs offsets are not checked: the op itself must survive any, with NaN for those queries."""
     op = registry["ranking_metrics"]
     preds, target = torch.randn(50, device=device), torch.ones(50, dtype=torch.long, device=device)
-    numbers = resolve("ndcg").numbers
+    numbers = None, *resolve("ndcg").numbers
     for bad in ((-(2**62), 50), (0, 2**62), (60, 70), (0, 50, 10, 50), (40, 10), (2**63 - 1, -(2**63), 2**63 - 1)):
         offsets = torch.tensor(bad, device=device)
         values, empty = op(preds, target, offsets, *[None] * 5, *numbers)
@@ -820,7 +820,7 @@ def test_wrong_values_make_only_their_own_query_nan(device):
     op = registry["ranking_metrics"]
     preds = torch.randn(4, 6, device=device)
     target = torch.ones(4, 6, device=device)
-    numbers = resolve(EVERYTHING).numbers
+    numbers = None, *resolve(EVERYTHING).numbers
     bad_target = target.clone()
     bad_target[1, 5], bad_target[2, 0] = -1, NAN
     lengths = torch.tensor([6, 7, -1, 3], device=device)
@@ -846,7 +846,7 @@ def test_values_carry_no_graph(device):
     assert not value.requires_grad and value.grad_fn is None
     with pytest.raises(RuntimeError, match="does not require grad"):
         value.backward()
-    values, _ = registry["ranking_metrics"].op(preds, target, *[None] * 6, *resolve("ndcg").numbers)
+    values, _ = registry["ranking_metrics"].op(preds, target, *[None] * 7, *resolve("ndcg").numbers)
     assert not values.requires_grad
 
 

@@ -415,39 +415,117 @@ TORCHFAST_INLINE void for_each_chunk(const Row<S>& row, int64_t begin, int64_t e
   }
 }
 
-// How many of the chunk are not NaN.
+// Comparisons are counted in vectors of at most 32 bytes: those of 64 leave their results in mask registers,
+// which took 1.3 times as long (Zen 4).
+constexpr int kNarrow = TORCHFAST_VECTOR_BYTES < 32 ? TORCHFAST_VECTOR_BYTES : 32;
 template <class R>
-int64_t count_numbers(const R* x, int64_t n) {
-  int64_t numbers = 0;
-  for (int64_t i = 0; i < n; i += Simd<R>::lanes)
-    numbers += std::popcount(equal_bits(load<R>(x + i), load<R>(x + i)));
-  return numbers;
-}
+struct Narrow {
+  static constexpr int lanes = kNarrow / sizeof(R);
+  typedef R V __attribute__((vector_size(kNarrow)));
+  typedef Int<R> I __attribute__((vector_size(kNarrow)));
+};
 
-// Adds to larger[j] and equal[j] the number of the scores x[0 .. n) larger than and equal to score[j].
-template <class R, int scores>
-TORCHFAST_INLINE void compare(const R* x, int64_t n, const R* score, IntVec<R>* larger, IntVec<R>* equal) {
-  Vec<R> s[scores];
-  IntVec<R> more[scores], same[scores];
-  for (int j = 0; j < scores; ++j) s[j] = splat(score[j]), more[j] = larger[j], same[j] = equal[j];
-  for (int64_t i = 0; i < n; i += Simd<R>::lanes) {
-    Vec<R> v = load<R>(x + i);
-    for (int j = 0; j < scores; ++j) {
-      count_if(more[j], v > s[j]);
-      count_if(same[j], v == s[j]);
-    }
+// How many documents have a larger score than some one, and how many the same; lane by lane.
+template <class R>
+struct Counts {
+  using V = typename Narrow<R>::V;
+  using I = typename Narrow<R>::I;
+  TORCHFAST_INLINE void add(V scores, V one) {
+    larger -= (I)(scores > one);
+    equal -= (I)(scores == one);
   }
-  for (int j = 0; j < scores; ++j) larger[j] = more[j], equal[j] = same[j];
+  TORCHFAST_INLINE void add(const Counts& other) { larger += other.larger, equal += other.equal; }
+  I larger{}, equal{};
+};
+
+// f(vector) for the scores x[0 .. n), filled up with NaN.
+template <class R, class F>
+TORCHFAST_INLINE void for_each_narrow(const R* x, int64_t n, const F& f) {
+  using V = typename Narrow<R>::V;
+  using I = typename Narrow<R>::I;
+  constexpr int L = Narrow<R>::lanes;
+  V v;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    __builtin_memcpy(&v, x + i, sizeof(v));
+    f(v);
+  }
+  if (i == n) return;
+  I lane;
+  for (int j = 0; j < L; ++j) lane[j] = j;
+  if (n >= L) {  // the last vector begins earlier
+    __builtin_memcpy(&v, x + n - L, sizeof(v));
+    v = lane < Int<R>(i + L - n) - I{} ? R(NAN) - V{} : v;
+  } else {
+    R rest[L] = {};
+    __builtin_memcpy(rest, x, n * sizeof(R));
+    __builtin_memcpy(&v, rest, sizeof(v));
+    v = lane < Int<R>(n) - I{} ? v : R(NAN) - V{};
+  }
+  f(v);
 }
 
+template <class I>
+TORCHFAST_INLINE int64_t sum_of(I lanes) {
+  return reduce_lanes<int64_t>(lanes, [](int64_t a, int64_t b) __attribute__((always_inline)) { return a + b; });
+}
+
+// The sums of the lanes of so many counts, of fewer than 2^15 documents. Writes up to the next multiple of 4.
+template <class R, int scores>
+TORCHFAST_INLINE void sum_lanes(const Counts<R>* counts, Int<R>* larger, Int<R>* equal) {
+#if TORCHFAST_VECTOR_BYTES >= 32
+  if constexpr (sizeof(R) == 4) {
+    __m256i both[(scores + 3) / 4 * 4] = {};
+    for (int j = 0; j < scores; ++j) both[j] = (__m256i)(counts[j].larger | counts[j].equal << 16);
+    for (int j = 0; j < scores; j += 4) {
+      __m256i halves = _mm256_hadd_epi32(_mm256_hadd_epi32(both[j], both[j + 1]),
+                                         _mm256_hadd_epi32(both[j + 2], both[j + 3]));
+      __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(larger + j), _mm_and_si128(sums, _mm_set1_epi32(0xffff)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(equal + j), _mm_srli_epi32(sums, 16));
+    }
+    return;
+  }
+#endif
+  for (int j = 0; j < scores; ++j) {
+    larger[j] = Int<R>(sum_of(counts[j].larger));
+    equal[j] = Int<R>(sum_of(counts[j].equal));
+  }
+}
+
+// How many of x[0 .. n) are not NaN.
 template <class R>
-void compare_all(const R* x, int64_t n, const R* score, int64_t scores, IntVec<R>* larger, IntVec<R>* equal) {
+TORCHFAST_INLINE int64_t count_numbers(const R* x, int64_t n) {
+  typename Narrow<R>::I numbers{};
+  for_each_narrow(x, n, [&](auto v) __attribute__((always_inline)) {
+    numbers -= (typename Narrow<R>::I)(v == v);
+  });
+  return sum_of(numbers);
+}
+
+// f(first, counts) of x[0 .. n) against each of so many scores, from score[first] on.
+template <int scores, class R, class F>
+TORCHFAST_INLINE void compare(const R* x, int64_t n, const R* score, int64_t first, const F& f) {
+  typename Narrow<R>::V s[scores];
+  Counts<R> counts[scores];
+  for (int j = 0; j < scores; ++j) s[j] = score[first + j] - typename Narrow<R>::V{};
+  for_each_narrow(x, n, [&](auto v) __attribute__((always_inline)) {
+    for (int j = 0; j < scores; ++j) counts[j].add(v, s[j]);
+  });
+  f(first, std::integral_constant<int, scores>(), counts);
+}
+
+template <class R, class F, int... less>
+TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t scores, const F& f, std::integer_sequence<int, less...>) {
+  constexpr int kAtOnce = sizeof...(less);
+  for (int64_t j = 0; j < scores; j += kAtOnce) 
+    (void)((std::min<int64_t>(scores - j, kAtOnce) == less + 1 ? (compare<less + 1>(x, n, score, j, f), true) : false) || ...);
+}
+
+template <class R, class F>
+TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t scores, const F& f) {
   constexpr int kAtOnce = TORCHFAST_VECTOR_BYTES == 64 ? 8 : 4;  // by the number of registers
-  int64_t j = 0;
-  for (; j + kAtOnce <= scores; j += kAtOnce) compare<R, kAtOnce>(x, n, score + j, larger + j, equal + j);
-  if (kAtOnce > 4 && j + 4 <= scores) compare<R, 4>(x, n, score + j, larger + j, equal + j), j += 4;
-  if (j + 2 <= scores) compare<R, 2>(x, n, score + j, larger + j, equal + j), j += 2;
-  if (j < scores) compare<R, 1>(x, n, score + j, larger + j, equal + j);
+  compare_all(x, n, score, scores, f, std::make_integer_sequence<int, kAtOnce>());
 }
 
 // The same for 9 to 31 scores in rows that are worth it: each document's place among the scores is found in
@@ -728,7 +806,7 @@ class Ranker {
   template <class S>
   int64_t count_long(const Row<S>& row, const Parts& parts) {
     int64_t count = judged.count;
-    counts_.need(parts.count * 2 * count);
+    counts_.need(parts.count * count);
     std::atomic<int64_t> numbers{0};
     std::fill_n(larger_, count, 0);
     std::fill_n(equal_, count, 0);
@@ -739,8 +817,8 @@ class Ranker {
       if (searched) searches.assign(parts.count, Search(score_, count));
 #endif
     parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
-      IntVec<R>* counts = counts_.get() + part * 2 * count;
-      std::fill_n(counts, 2 * count, IntVec<R>{});
+      Counts<R>* counts = counts_.get() + part * count;
+      std::fill_n(counts, count, Counts<R>{});
       int64_t in_part = 0;
       for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t, int64_t n) {
         in_part += count_numbers(x, n);
@@ -748,7 +826,9 @@ class Ranker {
         if constexpr (std::is_same_v<R, float>)
           if (searched && searches[part].is_worth_it()) return searches[part].add(x, n);
 #endif
-        compare_all(x, n, score_, count, counts, counts + count);
+        compare_all(x, n, score_, count, [=](int64_t first, auto scores, const Counts<R>* of_chunk) {
+          for (int j = 0; j < scores(); ++j) counts[first + j].add(of_chunk[j]);
+        });
       });
       numbers += in_part;
     });
@@ -758,15 +838,15 @@ class Ranker {
 #endif
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t part = 0; part < parts.count; ++part) {
-        larger_[j] += Int<R>(sum_lanes<R>(counts_[part * 2 * count + j]));
-        equal_[j] += Int<R>(sum_lanes<R>(counts_[part * 2 * count + count + j]));
+        const Counts<R>& of_part = counts_[part * count + j];
+        larger_[j] += sum_of(of_part.larger);
+        equal_[j] += sum_of(of_part.equal);
       }
     }
     return numbers;
   }
 
-  // The same for a short row, where adding up lanes would take as long as the comparisons. Few judged
-  // documents: each is compared with the row, whose scores stay in registers, and bits are counted. Many:
+  // The same for a short row. Few judged documents: each is compared with all documents, side by side. Many:
   // they lie side by side, and each document is compared with all of them.
   template <class S>
   TORCHFAST_INLINE int64_t count_short(const Row<S>& row) {
@@ -776,71 +856,31 @@ class Ranker {
       gather(row.scores, row.stride, row.n, staged);
       x = staged;
     }
-    int64_t vectors = (row.n + L - 1) / L, wide = (judged.count + L - 1) / L;
-    bool beside = judged.count * vectors > row.n * wide;
-    static_assert(kCounted == 4 * L && kCounted <= 64);
-    if (beside && wide == 1) compare_beside<1>(x, row.n);
-    if (beside && wide == 2) compare_beside<2>(x, row.n);
-    if (beside && wide == 3) compare_beside<3>(x, row.n);
-    if (beside && wide == 4) compare_beside<4>(x, row.n);
-    int64_t each = beside ? 0 : judged.count, numbers = 0;
-    std::fill_n(larger_, each, 0);
-    std::fill_n(equal_, each, 0);
-    for (int64_t left = row.n; left > 0; left -= 8 * L, x += 8 * L)
-      numbers += compare_each(x, std::min<int64_t>(left, 8 * L), each, std::make_integer_sequence<int, 8>());
-    return numbers;
-  }
-  template <int... less>
-  TORCHFAST_INLINE int64_t compare_each(const R* x, int64_t n, int64_t count,
-                                        std::integer_sequence<int, less...>) {
-    int64_t numbers = 0, vectors = (n + L - 1) / L;
-    ((vectors == less + 1 ? void(numbers = compare_each<less + 1>(x, n, count)) : void()), ...);
-    return numbers;
-  }
-
-  // Adds to the counts of the first `count` judged documents those among n scores, in so many vectors.
-  template <int vectors>
-  TORCHFAST_INLINE int64_t compare_each(const R* x, int64_t n, int64_t count) {
-    Vec<R> v[vectors];
-    for (int i = 0; i + 1 < vectors; ++i) v[i] = load<R>(x + i * L);
-    int64_t idle = vectors * L - n;  // lanes of the last vector, which begins earlier where it can
-    IntVec<R> lane;
-    for (int i = 0; i < L; ++i) lane[i] = i;
-    Vec<R>& last = v[vectors - 1];
-    if constexpr (vectors > 1) {
-      last = load<R>(x + n - L);
-      last = lane < IntVec<R>{} + Int<R>(idle) ? splat(R(NAN)) : last;
+    constexpr int kLanes = Narrow<R>::lanes, kSummed = 2;  // adding up lanes takes as long as so many vectors
+    int64_t vectors = (row.n + kLanes - 1) / kLanes, wide = (judged.count + kLanes - 1) / kLanes;
+    if (judged.count * (vectors + kSummed) > row.n * wide) {
+      int64_t i = 0;
+      for (; i + 4 <= wide; i += 4) compare_beside<4>(x, row.n, i * kLanes);
+      if (i + 2 <= wide) compare_beside<2>(x, row.n, i * kLanes), i += 2;
+      if (i < wide) compare_beside<1>(x, row.n, i * kLanes);
     } else {
-      last = load_first<R>(x, n);
-      last = lane < IntVec<R>{} + Int<R>(n) ? last : splat(R(NAN));
+      compare_all(x, row.n, score_, judged.count, [this](int64_t first, auto scores, const Counts<R>* counts) __attribute__((always_inline)) {
+        sum_lanes<R, scores()>(counts, larger_ + first, equal_ + first);
+      });
     }
-    for (int64_t j = 0; j < count; ++j) {
-      Vec<R> score = splat(score_[j]);
-      int larger = 0, equal = 0;
-      for (int i = 0; i < vectors; ++i) {
-        larger += std::popcount(larger_bits(v[i], score));
-        equal += std::popcount(equal_bits(v[i], score));
-      }
-      larger_[j] += larger, equal_[j] += equal;
-    }
-    int64_t numbers = 0;
-    for (int i = 0; i < vectors; ++i) numbers += std::popcount(equal_bits(v[i], v[i]));
-    return numbers;
+    return count_numbers(x, row.n);
   }
   template <int vectors>
-  TORCHFAST_INLINE void compare_beside(const R* x, int64_t n) {
-    Vec<R> s[vectors];
-    IntVec<R> more[vectors]{}, same[vectors]{};
-    for (int v = 0; v < vectors; ++v) s[v] = load<R>(score_ + v * L);
-    for (int64_t i = 0; i < n; ++i) {
-      Vec<R> document = splat(x[i]);
-      for (int v = 0; v < vectors; ++v) {
-        count_if(more[v], document > s[v]);
-        count_if(same[v], document == s[v]);
-      }
+  TORCHFAST_INLINE void compare_beside(const R* x, int64_t n, int64_t first) {
+    typename Narrow<R>::V s[vectors];
+    Counts<R> counts[vectors];
+    std::memcpy(s, score_ + first, sizeof(s));
+    for (int64_t i = 0; i < n; ++i)
+      for (int v = 0; v < vectors; ++v) counts[v].add(x[i] - typename Narrow<R>::V{}, s[v]);
+    for (int v = 0; v < vectors; ++v) {
+      std::memcpy(larger_ + first + v * Narrow<R>::lanes, &counts[v].larger, kNarrow);
+      std::memcpy(equal_ + first + v * Narrow<R>::lanes, &counts[v].equal, kNarrow);
     }
-    std::memcpy(larger_, more, sizeof(more));
-    std::memcpy(equal_, same, sizeof(same));
   }
 
   // A group whose order is that of the positions.
@@ -849,13 +889,12 @@ class Ranker {
     int64_t from = 0;
     for (int64_t i = 0; i < count; ++i) {
       int64_t at = judged.at[ids[i]];
-      IntVec<R> larger{}, equal{};
-      int64_t numbers = 0;
+      int64_t equal = 0, numbers = 0;
       for_each_chunk<R>(row, from, at, [&](const R* x, int64_t, int64_t n) {
         numbers += count_numbers(x, n);
-        compare<R, 1>(x, n, &score, &larger, &equal);
+        compare<1>(x, n, &score, 0, [&](int64_t, auto, const Counts<R>* counts) { equal += sum_of(counts->equal); });
       });
-      before += score == score ? sum_lanes<R>(equal) : at - from - numbers;
+      before += score == score ? equal : at - from - numbers;
       add_one(before++, ids[i]);
       from = at + 1;
     }
@@ -995,7 +1034,7 @@ class Ranker {
   // By counting: the judged documents' scores, and how many are larger and equal.
   R score_[kCounted + L];
   Int<R> larger_[kCounted], equal_[kCounted];
-  Buffer<IntVec<R>> counts_;
+  Buffer<Counts<R>> counts_;
   // By sorting.
   Buffer<int32_t> id_;
   Buffer<Element> elements_;

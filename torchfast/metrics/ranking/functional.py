@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,12 @@ class PerQuery(NamedTuple):
             weights = torch.where(self.skipped, 0.0, weights)
         return torch.where(weights == 0, 0.0, weights * values).sum(1), weights.sum(1)
 
+    def means(self, weight: Tensor | None) -> Tensor:
+        if weight is None and self.skipped is None:
+            return self.values.mean(1)
+        sums, weights = self.sums(weight)
+        return sums / weights
+
     def marked(self) -> Tensor:
         """The values, NaN where a query is skipped."""
         return self.values if self.skipped is None else torch.where(self.skipped, torch.nan, self.values)
@@ -42,13 +49,11 @@ class PerQuery(NamedTuple):
 def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) -> PerQuery:
     """``arguments`` are those of ``ranking_metrics`` that describe the input."""
     inputs = check_inputs(options, preds, target, **arguments)
-    table, *numbers = options.numbers
-    if isinstance(table, Tensor):
-        table = table.to(preds.device)
-    values, empty = _op(*inputs, table, *numbers)
+    table = None if options.table is None else options.table.to(preds.device)
+    values, empty = _op(*inputs, table, *options.numbers)
     traced = torch.compiler.is_compiling() or type(values) is not Tensor or values.is_meta
     asked = "error" in (options.nan, options.empty) and not traced
-    if (asked or readable(values)) and values.sum().isnan():
+    if (asked or readable(values)) and math.isnan(values.sum().item()):
         refuse(inputs, options)
     if options.empty == "zero":
         return PerQuery(values, None)
@@ -178,8 +183,7 @@ def ranking_metrics(
     if reduction == "none":
         return dict(zip(options.names, per_query.marked(), strict=True))
     weight = None if query_weight is None else check_weight(query_weight, per_query.values)
-    sums, weights = per_query.sums(weight)
-    return dict(zip(options.names, (sums / weights).unbind(), strict=True))
+    return dict(zip(options.names, per_query.means(weight).unbind(), strict=True))
 
 
 # ---- One metric ------------------------------------------------------------------------------

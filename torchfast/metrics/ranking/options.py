@@ -77,11 +77,11 @@ class Options:
         table = None if self.table is None else self.table.tolist()
         return digest((dataclasses.replace(self, table=None), table))
 
-    @property
+    @functools.cached_property
     def numbers(self) -> tuple[object, ...]:
-        """As the op takes them, after the tensors."""
+        """As the op takes them, after the tensors, the last of which is the table."""
         nan = NANS.index("last" if self.nan == "last" else "propagate")
-        return (self.table, self.kinds, self.ks, self.ties, self.gain, self.map_denominator, nan, self.threshold)
+        return (self.kinds, self.ks, self.ties, self.gain, self.map_denominator, nan, self.threshold)
 
 
 def _gain_table(gain: Any) -> Tensor:
@@ -96,13 +96,19 @@ def _gain_table(gain: Any) -> Tensor:
     return table.contiguous()
 
 
-def resolve(metrics: str | Sequence[str], *, gain: Any = None, **given: Any) -> Options:
+def resolve(
+    metrics: str | Sequence[str], *, gain: Any = None, relevance_threshold: float | None = None, **given: Any
+) -> Options:
     """Fills in what is None from the preset or the defaults. What a preset sets cannot be set otherwise."""
     metrics = metrics if isinstance(metrics, str) else tuple(metrics)
-    immutable = all(x is None or isinstance(x, (str, int, float)) for x in (*metrics, gain, *given.values()))
-    if immutable and not torch.compiler.is_compiling():
-        return _resolved(metrics, gain=gain, **given)  # remembered: a tenth of the time of a small call
-    return _resolve(metrics, gain=gain, **given)
+    given |= {"gain": gain, "relevance_threshold": relevance_threshold}
+    mutable = not (isinstance(gain, str | None) and isinstance(relevance_threshold, float | int | None))
+    if mutable or torch.compiler.is_compiling():
+        return _resolve(metrics, **given)
+    try:  # remembered: a tenth of the time of a small call
+        return _resolved(metrics, **given)
+    except TypeError:  # not hashable, so not allowed: which it is, the errors say
+        return _resolve(metrics, **given)
 
 
 def _resolve(
