@@ -9,7 +9,7 @@
 // whose judged documents have no ties, the common case, needs no groups.
 //
 // What did not help short rows: bytes marked by place and read as a vector (the load waits for the stores),
-// places from popcounts instead of walking over bits, prefetching the row while its targets are read.
+// places from popcounts of bits, prefetching the row while its targets are read, eight queries side by side.
 // What did: no SSE code between AVX-512 code (evaluate() outside of the instruction sets took twice as long).
 #include <algorithm>
 #include <atomic>
@@ -38,11 +38,11 @@ using ranking::Arguments;
 // 1 / log2(rank + 1), and its sum over the first ranks: from tables as far as queries commonly reach.
 class Discounts {
  public:
-  explicit Discounts(int64_t ranks) : table_(ranks <= 4096 ? made<4096>() : made<1 << 20>()) {}
-  double operator()(int64_t rank) const { return rank < size() ? table_.at[rank] : at(rank); }
+  explicit Discounts(int64_t ranks) : Discounts(ranks <= 4096 ? made<4096>() : made<1 << 20>()) {}
+  double operator()(int64_t rank) const { return rank <= last_ ? at_[rank] : at(rank); }
   double up_to(int64_t rank) const {
-    double sum = table_.up_to[std::min(rank, size() - 1)];
-    for (int64_t i = size(); i <= rank; ++i) sum += at(i);
+    double sum = up_to_[std::min(rank, last_)];
+    for (int64_t i = last_ + 1; i <= rank; ++i) sum += at(i);
     return sum;
   }
 
@@ -50,15 +50,16 @@ class Discounts {
   struct Table {
     std::vector<double> at, up_to;
   };
+  explicit Discounts(const Table& table)
+      : at_(table.at.data()), up_to_(table.up_to.data()), last_(int64_t(table.at.size()) - 1) {}
   static double at(int64_t rank) { return 1 / std::log2(double(rank) + 1); }
-  int64_t size() const { return int64_t(table_.at.size()); }
 
-  template <int64_t size>
+  template <int64_t ranks>
   static const Table& made() {
     static const Table table = [] {
-      Table made{std::vector<double>(size + 1), std::vector<double>(size + 1)};
+      Table made{std::vector<double>(ranks + 1), std::vector<double>(ranks + 1)};
       long double sum = 0;
-      for (int64_t rank = 1; rank <= size; ++rank) {
+      for (int64_t rank = 1; rank <= ranks; ++rank) {
         made.at[rank] = at(rank);
         made.up_to[rank] = double(sum += made.at[rank]);
       }
@@ -66,7 +67,9 @@ class Discounts {
     }();
     return table;
   }
-  const Table& table_;
+
+  const double *at_, *up_to_;
+  int64_t last_;  // rank of the table
 };
 
 }  // namespace
@@ -124,24 +127,19 @@ class Groups {
   bool alone_ = true;  // each group is one document
 };
 
-// The same from the places of the judged documents, where none is tied with any other and few are ranked.
+// The same from the judged documents in order, where none is tied with any other.
 struct Untied {
-  static constexpr int64_t kDocuments = 512;
-
   template <ranking::Kind kind>
   double sum(int64_t k, const Discounts& discounts) const {
     double sum = 0;
     if constexpr (kind == ranking::dcg) {
-      for (const int32_t* p = judged.begin(); p < judged.end() && *p < k; ++p)
-        sum += gain[*p] * discounts(*p + 1);
+      for (int64_t i = 0; i < judged && place[i] < k; ++i) sum += gain[i] * discounts(place[i] + 1);
     } else if constexpr (kind == ranking::mrr) {
-      if (relevant->count > 0 && relevant->at[0] < k) sum = 1 / double(relevant->at[0] + 1);
+      if (relevant > 0 && hit[0] < k) sum = 1 / double(hit[0] + 1);
     } else if constexpr (kind == ranking::hit_rate) {
-      sum = relevant->count > 0 && relevant->at[0] < k;
+      sum = relevant > 0 && hit[0] < k;
     } else if constexpr (kind == ranking::map) {
-      double hits = 0;
-      for (const int32_t* p = relevant->begin(); p < relevant->end() && *p < k; ++p)
-        sum += ++hits / double(*p + 1);
+      for (int64_t i = 0; i < relevant && hit[i] < k; ++i) sum += double(i + 1) / double(hit[i] + 1);
     } else {
       sum = double(hits(k));
     }
@@ -153,20 +151,16 @@ struct Untied {
     return found > 0 ? sum<ranking::map>(k, discounts) / double(found) : 0;
   }
 
-  struct Places {  // ascending
-    int64_t count;
-    int32_t at[64];
-    const int32_t* begin() const { return at; }
-    const int32_t* end() const { return at + count; }
-  };
-  Places judged, some;
-  const Places* relevant;   // of these
-  double gain[kDocuments];  // by place
+  static constexpr int64_t kMost = 64;
+  int64_t judged, relevant;
+  int32_t place[kMost];  // how many documents have larger scores
+  double gain[kMost];
+  const int32_t* hit;  // places of the relevant ones
 
  private:
   int64_t hits(int64_t k) const {
     int64_t hits = 0;
-    while (hits < relevant->count && relevant->at[hits] < k) ++hits;
+    while (hits < relevant && hit[hits] < k) ++hits;
     return hits;
   }
 };
@@ -221,10 +215,11 @@ class Ideal {
   }
   bool is_one_gain() {
     if (gains_[0] != gains_[n_ - 1]) return false;
-    bool one = true;
-    for (int64_t i = 0; i < n_; ++i) one &= gains_[i] == gains_[0];
-    if (one) form_ = one_gain;
-    return one;
+    uint64_t differences = 0;  // of bits: no compiler takes comparisons of doubles into vectors
+    for (int64_t i = 0; i < n_; ++i)
+      differences |= bit_cast<uint64_t>(gains_[i]) ^ bit_cast<uint64_t>(gains_[0]);
+    if (differences == 0) form_ = one_gain;
+    return differences == 0;
   }
   // Sorts gains that are integers below 256.
   bool sort_bytes() {
@@ -245,14 +240,12 @@ class Ideal {
   uint64_t digits_ = 0;
 };
 
-// Values of all metrics for a query; `gains` holds those of all judged documents, and is reordered.
+// Values of all metrics for a query. `gains` holds those of all judged documents, and is reordered;
+// `longest` is the longest cut-off of NDCG.
 template <class Ranking>
 void evaluate(const Arguments& a, const ranking::Query& query, const Ranking& ranked, double* gains,
-              int64_t gains_count, const Discounts& discounts, double* out, int64_t step) {
+              int64_t gains_count, int64_t longest, const Discounts& discounts, double* out, int64_t step) {
   using namespace ranking;
-  int64_t longest = 0;  // cut-off of NDCG
-  for (size_t m = 0; m < a.kinds.size(); ++m)
-    if (a.kinds[m] == ndcg) longest = std::max(longest, cut_of(ndcg, a.ks[m], query));
   Ideal ideal(gains, longest > 0 ? gains_count : 0, longest);
   for (size_t m = 0; m < a.kinds.size(); ++m, out += step) {
     int64_t kind = a.kinds[m], k = cut_of(kind, a.ks[m], query);
@@ -304,7 +297,7 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
   constexpr int L = TORCHFAST_VECTOR_BYTES / sizeof(T);
   typedef Signed<sizeof(T)> V __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
   const T* y = static_cast<const T*>(targets);
-  bool skip_zeros = ranking::zero_is_nothing(o), wrong = false;
+  bool skip_zeros = ranking::zero_is_nothing(o);
   int64_t count = found.count;
   for (int64_t i = begin; i < end; i += kLook) {
     int64_t n = std::min(kLook, end - i);
@@ -322,21 +315,24 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
     }
     if (!look) continue;
     int32_t* at = found.at.need(count + kLook, count);
-    double* value = found.y.need(count + kLook, count);
-    for (; look; look &= look - 1) {
-      int64_t j = i + std::countr_zero(look);
-      double v;
-      if constexpr (std::is_integral_v<T>)
-        v = double(y[j * stride]);
-      else
-        v = double(to_real(y[j * stride]));
-      at[count] = int32_t(j);
-      value[count] = v;
-      wrong |= !ranking::is_target(v, o);
-      count += !skip_zeros || v > 0;
-    }
+    for (; look; look &= look - 1) at[count++] = int32_t(i + std::countr_zero(look));
   }
-  found.count = count;
+  int32_t* at = found.at.get();
+  double* value = found.y.need(count, found.count);
+  int64_t kept = found.count;
+  bool wrong = false;
+  for (int64_t c = kept; c < count; ++c) {
+    double v;
+    if constexpr (std::is_integral_v<T>)
+      v = double(y[at[c] * stride]);
+    else
+      v = double(to_real(y[at[c] * stride]));
+    at[kept] = at[c];
+    value[kept] = v;
+    wrong |= !ranking::is_target(v, o);
+    kept += !skip_zeros || v > 0;
+  }
+  found.count = kept;
   found.wrong |= wrong;
 }
 
@@ -467,12 +463,13 @@ TORCHFAST_INLINE void for_each_narrow(const R* x, int64_t n, const F& f) {
 
 template <class I>
 TORCHFAST_INLINE int64_t sum_of(I lanes) {
-  return reduce_lanes<int64_t>(lanes, [](int64_t a, int64_t b) __attribute__((always_inline)) { return a + b; });
+  return reduce_lanes<int64_t>(lanes,
+                               [](int64_t a, int64_t b) __attribute__((always_inline)) { return a + b; });
 }
 
 // The sums of the lanes of so many counts, of fewer than 2^15 documents. Writes up to the next multiple of 4.
 template <class R, int scores>
-TORCHFAST_INLINE void sum_lanes(const Counts<R>* counts, Int<R>* larger, Int<R>* equal) {
+TORCHFAST_INLINE void sum_counts(const Counts<R>* counts, Int<R>* larger, Int<R>* equal) {
 #if TORCHFAST_VECTOR_BYTES >= 32
   if constexpr (sizeof(R) == 4) {
     __m256i both[(scores + 3) / 4 * 4] = {};
@@ -497,9 +494,8 @@ TORCHFAST_INLINE void sum_lanes(const Counts<R>* counts, Int<R>* larger, Int<R>*
 template <class R>
 TORCHFAST_INLINE int64_t count_numbers(const R* x, int64_t n) {
   typename Narrow<R>::I numbers{};
-  for_each_narrow(x, n, [&](auto v) __attribute__((always_inline)) {
-    numbers -= (typename Narrow<R>::I)(v == v);
-  });
+  for_each_narrow(x, n,
+                  [&](auto v) __attribute__((always_inline)) { numbers -= (typename Narrow<R>::I)(v == v); });
   return sum_of(numbers);
 }
 
@@ -516,10 +512,13 @@ TORCHFAST_INLINE void compare(const R* x, int64_t n, const R* score, int64_t fir
 }
 
 template <class R, class F, int... less>
-TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t scores, const F& f, std::integer_sequence<int, less...>) {
+TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t scores, const F& f,
+                                  std::integer_sequence<int, less...>) {
   constexpr int kAtOnce = sizeof...(less);
-  for (int64_t j = 0; j < scores; j += kAtOnce) 
-    (void)((std::min<int64_t>(scores - j, kAtOnce) == less + 1 ? (compare<less + 1>(x, n, score, j, f), true) : false) || ...);
+  for (int64_t j = 0; j < scores; j += kAtOnce)
+    (void)((std::min<int64_t>(scores - j, kAtOnce) == less + 1 ? (compare<less + 1>(x, n, score, j, f), true)
+                                                               : false) ||
+           ...);
 }
 
 template <class R, class F>
@@ -529,7 +528,7 @@ TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t
 }
 
 // The same for 9 to 31 scores in rows that are worth it: each document's place among the scores is found in
-// four or five steps, by lookups in registers; places are bytes, and compared 64 at a time. Half of the
+// four or five steps, by lookups in registers; places are bytes, and compared 32 at a time. Half of the
 // comparisons of compare_all.
 #if TORCHFAST_VECTOR_BYTES == 64
 class Search {
@@ -597,19 +596,19 @@ class Search {
     for (; i < n; i += 16) find(std::integral_constant<int, 1>{}, i);
     seen_ += n;
 
-    int64_t end = (n + 63) / 64 * 64;
+    int64_t end = (n + 31) / 32 * 32;
     std::fill(place + n, place + end, 0);
     for (int j = 0; j < count_; j += 8) {
-      __m512i more[8] = {};
-      for (i = 0; i < end; i += 64) {
-        __m512i places = _mm512_load_si512(place + i);
-        for (int k = 0; k < 8; ++k) {
-          __mmask64 is = _mm512_cmpgt_epi8_mask(places, _mm512_set1_epi8(int8_t(j + k)));
-          more[k] = _mm512_mask_sub_epi8(more[k], is, more[k], _mm512_set1_epi8(-1));
-        }
+      __m256i more[8] = {};
+      for (i = 0; i < end; i += 32) {
+        __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(place + i));
+        for (int k = 0; k < 8; ++k)
+          more[k] = _mm256_sub_epi8(more[k], _mm256_cmpgt_epi8(places, _mm256_set1_epi8(int8_t(j + k))));
       }
-      for (int k = 0; k < 8; ++k)  // at most kChunk / 64 in a byte
-        larger_[j + k] += _mm512_reduce_add_epi64(_mm512_sad_epu8(more[k], _mm512_setzero_si512()));
+      for (int k = 0; k < 8; ++k) {  // at most kChunk / 32 in a byte
+        __m256i sums = _mm256_sad_epu8(more[k], _mm256_setzero_si256());
+        larger_[j + k] += sum_of((typename Narrow<double>::I)sums);
+      }
     }
   }
 
@@ -643,6 +642,8 @@ class Ranker {
       of_all_ranks_ |= a.kinds[m] != ranking::r_precision && a.ks[m] == 0;
       longest_cut_ = std::max(longest_cut_, a.ks[m]);
       by_relevant_ |= a.kinds[m] == ranking::r_precision;
+      if (a.kinds[m] == ranking::ndcg)
+        longest_ndcg_ = std::max(longest_ndcg_, ranking::cut_of(ranking::ndcg, a.ks[m], {}));
     }
     plain_ = o_.gain == ranking::linear && o_.threshold == 0;
   }
@@ -688,9 +689,9 @@ class Ranker {
     empty[0] = query.n_rel == 0;
     empty[step_] = !gain;
     if (untied)
-      evaluate(a_, query, untied_, gains, gains_count, discounts_, out, step_);
+      evaluate(a_, query, untied_, gains, gains_count, longest_ndcg_, discounts_, out, step_);
     else
-      evaluate(a_, query, groups_, gains, gains_count, discounts_, out, step_);
+      evaluate(a_, query, groups_, gains, gains_count, longest_ndcg_, discounts_, out, step_);
   }
 
   void fail(double* out, bool* empty) const {
@@ -736,7 +737,7 @@ class Ranker {
     store(score_ + count, splat(R(NAN)));
     if (count == 0 && o_.nan == ranking::last) return row.n;  // no score matters
     int64_t numbers;
-    if (row.n <= Untied::kDocuments) {
+    if (row.n <= kShort) {
       numbers = count_short(row);
       if ((untied = is_untied())) return put_in_order(row.n), numbers;
     } else {
@@ -771,22 +772,36 @@ class Ranker {
 
   // Untied judged documents: larger_ is their places.
   void put_in_order(int64_t n) {
-    for (int64_t i = 0; i < judged.count; ++i) untied_.gain[larger_[i]] = gain_[i];
-    list(n, untied_.judged, [](int64_t) { return true; });
-    untied_.relevant = plain_ ? &untied_.judged : &untied_.some;
-    if (!plain_) list(n, untied_.some, [&](int64_t i) { return ranking::is_relevant(judged.y[i], o_); });
-  }
-  // The places of the judged documents i for which is(i).
-  template <class Is>
-  void list(int64_t n, typename Untied::Places& places, const Is& is) const {
-    places.count = 0;
-    for (int64_t begin = 0; begin < n; begin += 64) {
-      uint64_t taken = 0;
-      for (int64_t i = 0; i < judged.count; ++i) {
-        uint64_t bit = uint64_t(larger_[i]) - begin;
-        taken |= uint64_t{(bit < 64) & is(i)} << (bit % 64);
+    int64_t count = judged.count;
+    int32_t id[kCounted];
+    if (count <= L) {
+      for (int32_t i = 0; i < count; ++i)
+        id[std::popcount(larger_bits(load<R>(score_), splat(score_[i])))] = i;
+    } else {
+      int32_t at_place[kShort], *to = id;
+      for (int32_t i = 0; i < count; ++i) at_place[larger_[i]] = i;
+      for (int64_t begin = 0; begin < n; begin += 64) {
+        uint64_t taken = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          uint64_t bit = uint64_t(larger_[i]) - begin;
+          taken |= uint64_t{bit < 64} << (bit % 64);
+        }
+        for (; taken; taken &= taken - 1) *to++ = at_place[begin + std::countr_zero(taken)];
       }
-      for (; taken; taken &= taken - 1) places.at[places.count++] = int32_t(begin) + std::countr_zero(taken);
+    }
+    untied_.judged = count;
+    for (int64_t i = 0; i < count; ++i) {
+      untied_.place[i] = int32_t(larger_[id[i]]);
+      untied_.gain[i] = gain_[id[i]];
+    }
+    untied_.relevant = count;
+    untied_.hit = untied_.place;
+    if (plain_) return;
+    untied_.relevant = 0;
+    untied_.hit = hit_;
+    for (int64_t i = 0; i < count; ++i) {
+      hit_[untied_.relevant] = untied_.place[i];
+      untied_.relevant += ranking::is_relevant(judged.y[id[i]], o_);
     }
   }
 
@@ -850,7 +865,7 @@ class Ranker {
   // they lie side by side, and each document is compared with all of them.
   template <class S>
   TORCHFAST_INLINE int64_t count_short(const Row<S>& row) {
-    R staged[Untied::kDocuments];
+    R staged[kShort];
     const R* x = reinterpret_cast<const R*>(row.scores);
     if (!std::is_same_v<S, R> || row.stride != 1) {
       gather(row.scores, row.stride, row.n, staged);
@@ -864,9 +879,10 @@ class Ranker {
       if (i + 2 <= wide) compare_beside<2>(x, row.n, i * kLanes), i += 2;
       if (i < wide) compare_beside<1>(x, row.n, i * kLanes);
     } else {
-      compare_all(x, row.n, score_, judged.count, [this](int64_t first, auto scores, const Counts<R>* counts) __attribute__((always_inline)) {
-        sum_lanes<R, scores()>(counts, larger_ + first, equal_ + first);
-      });
+      compare_all(x, row.n, score_, judged.count,
+                  [this](int64_t first, auto scores, const Counts<R>* counts) __attribute__((always_inline)) {
+                    sum_counts<R, scores()>(counts, larger_ + first, equal_ + first);
+                  });
     }
     return count_numbers(x, row.n);
   }
@@ -892,7 +908,8 @@ class Ranker {
       int64_t equal = 0, numbers = 0;
       for_each_chunk<R>(row, from, at, [&](const R* x, int64_t, int64_t n) {
         numbers += count_numbers(x, n);
-        compare<1>(x, n, &score, 0, [&](int64_t, auto, const Counts<R>* counts) { equal += sum_of(counts->equal); });
+        compare<1>(x, n, &score, 0,
+                   [&](int64_t, auto, const Counts<R>* counts) { equal += sum_of(counts->equal); });
       });
       before += score == score ? equal : at - from - numbers;
       add_one(before++, ids[i]);
@@ -1016,6 +1033,7 @@ class Ranker {
     }
   }
 
+  static constexpr int64_t kShort = 512;      // documents of a short row
   static constexpr int64_t kCounted = 4 * L;  // up to so many judged documents, counting is faster
 
   const Arguments& a_;
@@ -1023,13 +1041,14 @@ class Ranker {
   const Discounts& discounts_;
   int64_t step_;
   bool of_all_ranks_ = false, by_relevant_ = false;  // metrics without cut-off; with n_rel as theirs
-  int64_t longest_cut_ = 0;
+  int64_t longest_cut_ = 0, longest_ndcg_ = 0;
   bool plain_;  // each judged document is relevant, and its target its gain
 
   Buffer<double> gains_;  // of the judged documents, then of those not retrieved, where they are not plain
   const double* gain_;    // of the judged documents
   Groups groups_;
   Untied untied_;
+  int32_t hit_[Untied::kMost];
   int32_t relevant_before_ = 0;
   // By counting: the judged documents' scores, and how many are larger and equal.
   R score_[kCounted + L];

@@ -77,7 +77,7 @@ class Options:
         table = None if self.table is None else self.table.tolist()
         return digest((dataclasses.replace(self, table=None), table))
 
-    @functools.cached_property
+    @property
     def numbers(self) -> tuple[object, ...]:
         """As the op takes them, after the tensors, the last of which is the table."""
         nan = NANS.index("last" if self.nan == "last" else "propagate")
