@@ -1128,15 +1128,21 @@ class Problem {
       for (int64_t q = 0; q < queries_; ++q)
         if (is_huge(q)) worker.rank(q, Parts{threads});
     }
-    // The others block by block, each to the first thread that is free.
-    int64_t blocks = total / kBlock + 1;
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(blocks, threads), 1, [&](int64_t from, int64_t to) {
+    // The others block by block: a thread begins with a share of its own, side by side in memory, and then
+    // helps the next one.
+    int64_t blocks = total / kBlock + 1, shares = std::min(blocks, threads);
+    std::vector<std::atomic<int64_t>> next(shares);
+    auto first_block = [=](int64_t share) { return share * blocks / shares; };
+    for (int64_t share = 0; share < shares; ++share) next[share] = first_block(share);
+    torch::stable::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
       for (; from < to; ++from) {
         Worker worker(*this, discounts);
-        for (int64_t block; (block = next++) < blocks;)
-          for (int64_t q = first_of(block), end = first_of(block + 1); q < end; ++q)
-            if (!is_huge(q)) worker.rank(q, Parts{});
+        for (int64_t i = from; i < from + shares; ++i) {
+          int64_t share = i % shares;
+          for (int64_t block; (block = next[share]++) < first_block(share + 1);)
+            for (int64_t q = first_of(block), end = first_of(block + 1); q < end; ++q)
+              if (!is_huge(q)) worker.rank(q, Parts{});
+        }
       }
     });
   }
