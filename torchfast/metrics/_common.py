@@ -47,7 +47,8 @@ def check_choice(name: str, given: object, allowed: Collection[str]) -> None:
 
 def check_no_gradient(what: str, x: Tensor) -> None:
     """Transforms would get zeros, or lose tangents without a word."""
-    if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(x).tangent is not None:
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if dual or torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"{what} are not differentiable: torch.func and forward-mode AD cannot trace them")
 
 

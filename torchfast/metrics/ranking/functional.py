@@ -23,23 +23,19 @@ class PerQuery(NamedTuple):
 
     values: Tensor
     skipped: Tensor | None
+    totals: Tensor | None = None
+    """Of the values, by metric, where they are known."""
 
-    def sums(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sums(self, weight: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Of the weighted values and of the weights, by metric. A query of weight 0 does not count, even if NaN."""
         values = self.values
         if weight is None and self.skipped is None:
-            return values.sum(1), values.new_tensor(float(values.shape[1])).expand(len(values))
+            return values.sum(1) if self.totals is None else self.totals, float(values.shape[1])
         weight = torch.ones_like(values[0]) if weight is None else weight.to(values.dtype)
         weights = weight.expand_as(values)
         if self.skipped is not None:
             weights = torch.where(self.skipped, 0.0, weights)
         return torch.where(weights == 0, 0.0, weights * values).sum(1), weights.sum(1)
-
-    def means(self, weight: Tensor | None) -> Tensor:
-        if weight is None and self.skipped is None:
-            return self.values.mean(1)
-        sums, weights = self.sums(weight)
-        return sums / weights
 
     def marked(self) -> Tensor:
         """The values, NaN where a query is skipped."""
@@ -53,10 +49,13 @@ def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) 
     values, empty = _op(*inputs, table, *options.numbers)
     traced = torch.compiler.is_compiling() or type(values) is not Tensor or values.is_meta
     asked = "error" in (options.nan, options.empty) and not traced
-    if (asked or readable(values)) and math.isnan(values.sum().item()):
-        refuse(inputs, options)
+    totals = None
+    if asked or readable(values):
+        totals = values.sum(1)
+        if any(map(math.isnan, totals.tolist())):
+            refuse(inputs, options)
     if options.empty == "zero":
-        return PerQuery(values, None)
+        return PerQuery(values, None, totals)
     undefined = torch.stack([empty[int(by_gain)] for by_gain in options.by_gain])
     if options.empty == "error" and not traced and undefined.any():
         metric, query = undefined.nonzero()[0].tolist()
@@ -183,7 +182,8 @@ def ranking_metrics(
     if reduction == "none":
         return dict(zip(options.names, per_query.marked(), strict=True))
     weight = None if query_weight is None else check_weight(query_weight, per_query.values)
-    return dict(zip(options.names, per_query.means(weight).unbind(), strict=True))
+    sums, weights = per_query.sums(weight)
+    return dict(zip(options.names, (sums / weights).unbind(), strict=True))
 
 
 # ---- One metric ------------------------------------------------------------------------------

