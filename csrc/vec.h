@@ -137,6 +137,10 @@ TORCHFAST_INLINE void store(f16* p, Vec<float> v) {
 // A partial vector: n < lanes elements; the other lanes read as 0.
 template <class R, class T>
 TORCHFAST_INLINE Vec<R> load_first(const T* p, int64_t n) {
+#if TORCHFAST_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+  if constexpr (std::is_same_v<T, double>) return _mm512_maskz_loadu_pd((1u << n) - 1, p);
+#endif
   T buffer[Simd<R>::lanes] = {};
   __builtin_memcpy(buffer, p, n * sizeof(T));
   return load<R>(buffer);

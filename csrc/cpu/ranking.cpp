@@ -139,7 +139,10 @@ struct Untied {
     } else if constexpr (kind == ranking::hit_rate) {
       sum = relevant > 0 && hit[0] < k;
     } else if constexpr (kind == ranking::map) {
-      for (int64_t i = 0; i < relevant && hit[i] < k; ++i) sum += double(i + 1) / double(hit[i] + 1);
+      double precision[kMost];
+      for (int i = 0; i < relevant; i += 8)
+        for (int j = i; j < i + 8; ++j) precision[j] = double(j + 1) / double(hit[j] + 1);
+      for (int64_t i = 0; i < relevant && hit[i] < k; ++i) sum += precision[i];
     } else {
       sum = double(hits(k));
     }
@@ -153,7 +156,7 @@ struct Untied {
 
   static constexpr int64_t kMost = 64;
   int64_t judged, relevant;
-  int32_t place[kMost];  // how many documents have larger scores
+  int32_t place[kMost] = {};  // how many documents have larger scores
   double gain[kMost];
   const int32_t* hit;  // places of the relevant ones
 
@@ -170,7 +173,7 @@ class Ideal {
  public:
   // `gains` is reordered, up to the longest cut-off.
   Ideal(double* gains, int64_t n, int64_t longest) : gains_(gains), n_(n) {
-    if (n == 0 || is_one_gain() || count_digits()) return;
+    if (n == 0 || count_digits() || is_one_gain()) return;
     auto descending = [](double a, double b) { return a > b; };
     if (longest < n / 4) {
       std::nth_element(gains, gains + longest, gains + n, descending);
@@ -190,7 +193,7 @@ class Ideal {
     }
     double before = 0;
     int64_t rank = 0;
-    for (int gain = 7; gain > 0 && rank < k; --gain) {
+    for (int gain = 7 - std::countl_zero(digits_) / 8; gain > 0 && rank < k; --gain) {
       int64_t count = int64_t(digits_ >> (8 * gain) & 255);
       if (count == 0) continue;
       double up_to = discounts.up_to(rank = std::min(k, rank + count));
@@ -203,23 +206,29 @@ class Ideal {
  private:
   // How many gains are 0, 1, ... 7, a byte each, if all are that.
   bool count_digits() {
-    if (n_ > 255) return false;
-    bool all = true;
-    for (int64_t i = 0; i < n_; ++i) {
-      int gain = gains_[i] < 8 ? int(gains_[i]) : 0;
-      all &= gain == gains_[i];
-      digits_ += uint64_t{1} << (8 * gain);
+    constexpr int L = Simd<double>::lanes;
+    typedef uint64_t Bits __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
+    if (n_ > 255 - L) return false;
+    Bits others{}, counts{};
+    for (int64_t i = 0; i < n_; i += L) {
+      Vec<double> gain = n_ - i < L ? load_first<double>(gains_ + i, n_ - i) : load<double>(gains_ + i);
+      Vec<double> shifted = gain + 0x1p52;  // its last bits are an integer
+      Bits digit = bit_cast<Bits>(shifted) - bit_cast<uint64_t>(0x1p52);
+      others |= bit_cast<Bits>(gain - (shifted - 0x1p52)) | digit >> 3;
+      counts += (Bits{} + 1) << (digit % 8 * 8);
     }
-    if (all) form_ = digits;
-    return all;
+    auto either = [](uint64_t a, uint64_t b) __attribute__((always_inline)) { return a | b; };
+    if (reduce_lanes<uint64_t>(others, either) != 0) return false;
+    form_ = digits;
+    digits_ = reduce_lanes<uint64_t>(
+        counts, [](uint64_t a, uint64_t b) __attribute__((always_inline)) { return a + b; });
+    return true;
   }
   bool is_one_gain() {
-    if (gains_[0] != gains_[n_ - 1]) return false;
-    uint64_t differences = 0;  // of bits: no compiler takes comparisons of doubles into vectors
-    for (int64_t i = 0; i < n_; ++i)
-      differences |= bit_cast<uint64_t>(gains_[i]) ^ bit_cast<uint64_t>(gains_[0]);
-    if (differences == 0) form_ = one_gain;
-    return differences == 0;
+    for (int64_t i = 1; i < n_; ++i)
+      if (gains_[i] != gains_[0]) return false;
+    form_ = one_gain;
+    return true;
   }
   // Sorts gains that are integers below 256.
   bool sort_bytes() {
@@ -297,17 +306,23 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
   constexpr int L = TORCHFAST_VECTOR_BYTES / sizeof(T);
   typedef Signed<sizeof(T)> V __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
   const T* y = static_cast<const T*>(targets);
-  bool skip_zeros = ranking::zero_is_nothing(o);
+  auto nonzero = [=](int64_t from) __attribute__((always_inline)) {
+    V v;
+    __builtin_memcpy(&v, y + from, sizeof(v));
+    return nonzero_bits(v);
+  };
+  bool skip_zeros = ranking::zero_is_nothing(o), wrong = false;
+  double limit = o.gain == ranking::table ? double(o.gains_size) : INFINITY;
   int64_t count = found.count;
   for (int64_t i = begin; i < end; i += kLook) {
     int64_t n = std::min(kLook, end - i);
     uint64_t look = 0;  // those whose bits are not all 0
-    if (skip_zeros && stride == 1 && end - begin >= L) {
+    if (skip_zeros && stride == 1 && n == kLook) {
+      for (int j = 0; j < kLook; j += L) look |= nonzero(i + j) << (j % kLook);
+    } else if (skip_zeros && stride == 1 && end - begin >= L) {
       for (int64_t j = 0; j < n; j += L) {
         int64_t from = std::min(i + j, end - L);  // the last vector may overlap the one before
-        V v;
-        __builtin_memcpy(&v, y + from, sizeof(v));
-        uint64_t bits = nonzero_bits(v);
+        uint64_t bits = nonzero(from);
         look |= from < i ? bits >> (i - from) : bits << (from - i);
       }
     } else {
@@ -315,24 +330,31 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
     }
     if (!look) continue;
     int32_t* at = found.at.need(count + kLook, count);
-    for (; look; look &= look - 1) at[count++] = int32_t(i + std::countr_zero(look));
+    double* value = found.y.need(count + kLook, count);
+    int64_t before = count;
+    bool zeros =
+        false;  // in a second loop: if the next place waited for the value, this would take twice as long
+    for (; look; look &= look - 1) {
+      int64_t j = i + std::countr_zero(look);
+      double v;
+      if constexpr (std::is_integral_v<T>)
+        v = double(y[j * stride]);
+      else
+        v = double(to_real(y[j * stride]));
+      at[count] = int32_t(j);
+      value[count++] = v;
+      wrong |= !(v >= 0) | !(v < limit);  // ranking::is_target, without branches
+      zeros |= v == 0;
+    }
+    if (!skip_zeros || !zeros) continue;
+    int64_t kept = before;
+    for (int64_t c = before; c < count; ++c) {
+      at[kept] = at[c], value[kept] = value[c];
+      kept += value[c] > 0;
+    }
+    count = kept;
   }
-  int32_t* at = found.at.get();
-  double* value = found.y.need(count, found.count);
-  int64_t kept = found.count;
-  bool wrong = false;
-  for (int64_t c = kept; c < count; ++c) {
-    double v;
-    if constexpr (std::is_integral_v<T>)
-      v = double(y[at[c] * stride]);
-    else
-      v = double(to_real(y[at[c] * stride]));
-    at[kept] = at[c];
-    value[kept] = v;
-    wrong |= !ranking::is_target(v, o);
-    kept += !skip_zeros || v > 0;
-  }
-  found.count = kept;
+  found.count = count;
   found.wrong |= wrong;
 }
 
@@ -1048,7 +1070,7 @@ class Ranker {
   const double* gain_;    // of the judged documents
   Groups groups_;
   Untied untied_;
-  int32_t hit_[Untied::kMost];
+  int32_t hit_[Untied::kMost] = {};
   int32_t relevant_before_ = 0;
   // By counting: the judged documents' scores, and how many are larger and equal.
   R score_[kCounted + L];
