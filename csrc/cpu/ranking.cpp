@@ -9,7 +9,8 @@
 // whose judged documents have no ties, the common case, needs no groups.
 //
 // What did not help short rows: bytes marked by place and read as a vector (the load waits for the stores),
-// places from popcounts of bits, prefetching the row while its targets are read, eight queries side by side.
+// places from popcounts of bits, prefetching the row while its targets are read, eight queries side by side,
+// sums in any order (no early end).
 // What did: no SSE code between AVX-512 code (evaluate() outside of the instruction sets took twice as long).
 #include <algorithm>
 #include <atomic>
