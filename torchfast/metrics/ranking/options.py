@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -96,13 +97,16 @@ def _gain_table(gain: Any) -> Tensor:
     return table.contiguous()
 
 
+_NO_TABLE, _NO_TENSOR = (NoneType, str), (NoneType, float, int)
+
+
 def resolve(
     metrics: str | Sequence[str], *, gain: Any = None, relevance_threshold: float | None = None, **given: Any
 ) -> Options:
     """Fills in what is None from the preset or the defaults. What a preset sets cannot be set otherwise."""
     metrics = metrics if isinstance(metrics, str) else tuple(metrics)
-    given |= {"gain": gain, "relevance_threshold": relevance_threshold}
-    mutable = not (isinstance(gain, str | None) and isinstance(relevance_threshold, float | int | None))
+    given["gain"], given["relevance_threshold"] = gain, relevance_threshold
+    mutable = not (isinstance(gain, _NO_TABLE) and isinstance(relevance_threshold, _NO_TENSOR))
     if mutable or torch.compiler.is_compiling():
         return _resolve(metrics, **given)
     try:  # remembered: a tenth of the time of a small call
