@@ -644,6 +644,8 @@ def test_wrong_metric_names(name, message):
     [
         ({"metrics": []}, ValueError, "metrics must be at least one name"),
         ({"metrics": [3]}, TypeError, "metrics must be strings such as 'ndcg@10', got 3"),
+        ({"metrics": [["mrr"]]}, TypeError, r"metrics must be strings such as 'ndcg@10', got \['mrr'\]"),
+        ({"ties": ["average"]}, ValueError, "ties must be 'average', 'stable', 'optimistic' or 'pessimistic'"),
         ({"preds": [1.0]}, TypeError, "preds must be a tensor, got list"),
         ({"preds": P.long()}, TypeError, "preds must be float32, .* got torch.int64"),
         ({"preds": P[0], "target": Y[0]}, ValueError, r"flat preds need offsets or indexes, a single query is preds\["),

@@ -19,12 +19,12 @@ def value_dtype(device: torch.device) -> torch.dtype:
 
 def names_of(metrics: str | Sequence[str], example: str) -> tuple[str, ...]:
     """Each name once, in their order."""
-    names = (metrics,) if isinstance(metrics, str) else tuple(dict.fromkeys(metrics))
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     check("metrics", len(names) > 0, metrics, "at least one name")
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"metrics must be strings such as {example!r}, got {name!r}")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def check_kind(kind: str, name: str, kinds: Sequence[str], more: str = "") -> None:

@@ -112,8 +112,7 @@ def check_inputs(
             same = torch.equal(offsets, of_target)
         if not same:
             raise ValueError("target must be nested with the lengths of preds, got others")
-    if target.shape != preds.shape:
-        check("target's shape", False, tuple(target.shape), f"preds' shape {tuple(preds.shape)}")
+    check("target's shape", target.shape == preds.shape, tuple(target.shape), f"preds' shape {tuple(preds.shape)}")
     check_device("target", target, "preds", preds)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

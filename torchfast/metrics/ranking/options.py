@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -109,10 +110,9 @@ def resolve(
     mutable = not (isinstance(gain, _NO_TABLE) and isinstance(relevance_threshold, _NO_TENSOR))
     if mutable or torch.compiler.is_compiling():
         return _resolve(metrics, **given)
-    try:  # remembered: a tenth of the time of a small call
-        return _resolved(metrics, **given)
-    except TypeError:  # not hashable, so not allowed: which it is, the errors say
-        return _resolve(metrics, **given)
+    with contextlib.suppress(TypeError):  # of what is not hashable, so not allowed: the errors below say what it is
+        return _resolved(metrics, **given)  # remembered: a tenth of the time of a small call
+    return _resolve(metrics, **given)
 
 
 def _resolve(
