@@ -312,6 +312,25 @@ def test_queries_of_all_sizes_side_by_side(dtype, ties, device, recorded):
     assert torch.equal(found, registry["ranking_metrics"](*recorded[-1])[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("documents", [100, 512, 513])
+@pytest.mark.parametrize("threshold", [None, 2.0])
+def test_distinct_scores_with_any_number_of_judged_documents(threshold, documents, dtype, device):
+    """As long rows of scores are: no ties. Kernels go about few judged documents and many in different ways."""
+    rng = random.Random(documents)
+    names = (*KINDS, "ndcg@10", "map@10", "recall@50", "mrr@1")
+    counts = (1, 4, 5, 8, 9, 16, 17, 31, 33, 50, 64, 65, 99)
+    scores = [rng.sample(range(-documents, documents), documents) for _ in counts]
+    judged = [[rng.choice((1, 1, 2, 3)) for _ in range(count)] + [0] * (documents - count) for count in counts]
+    for y in judged:
+        rng.shuffle(y)
+    preds = torch.tensor(scores, dtype=dtype, device=device)
+    found = values_of(preds, torch.tensor(judged, device=device), names, relevance_threshold=threshold)
+    for name in names:
+        right = [oracle(name, x, y, threshold=threshold) for x, y in zip(scores, judged, strict=True)]
+        assert found[name] == pytest.approx([value or 0.0 for value in right], **close)
+
+
 @pytest.mark.parametrize(
     "form, target_dtype",
     [
