@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor> ranking_metrics(Tensor preds, Tensor target, std::opt
     a.options.gains = static_cast<const double*>(a.gain_table->const_data_ptr());
     a.options.gains_size = gain_table->numel();
   }
-  Tensor values = torch::stable::new_empty(preds, {int64_t(a.kinds.size()), a.queries()}, ScalarType::Double);
-  Tensor empty = torch::stable::new_empty(preds, {2, a.queries()}, ScalarType::Bool);
+  Tensor values = new_empty(preds, {int64_t(a.kinds.size()), a.queries()}, ScalarType::Double);
+  Tensor empty = new_empty(preds, {2, a.queries()}, ScalarType::Bool);
   evaluate(a, static_cast<double*>(values.mutable_data_ptr()), static_cast<bool*>(empty.mutable_data_ptr()));
   return {values, empty};
 }

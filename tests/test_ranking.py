@@ -313,7 +313,7 @@ def test_queries_of_all_sizes_side_by_side(dtype, ties, device, recorded):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("documents", [100, 512, 513])
+@pytest.mark.parametrize("documents", [100, 512, 2048])
 @pytest.mark.parametrize("threshold", [None, 2.0])
 def test_distinct_scores_with_any_number_of_judged_documents(threshold, documents, dtype, device):
     """As long rows of scores are: no ties. Kernels go about few judged documents and many in different ways."""
@@ -322,13 +322,64 @@ def test_distinct_scores_with_any_number_of_judged_documents(threshold, document
     counts = (1, 4, 5, 8, 9, 16, 17, 31, 33, 50, 64, 65, 99)
     scores = [rng.sample(range(-documents, documents), documents) for _ in counts]
     judged = [[rng.choice((1, 1, 2, 3)) for _ in range(count)] + [0] * (documents - count) for count in counts]
-    for y in judged:
+    for x, y, extreme in zip(scores, judged, itertools.cycle((min, max))):  # is judged
         rng.shuffle(y)
+        last, some = x.index(extreme(x)), y.index(max(y))
+        y[last], y[some] = y[some], y[last]
     preds = torch.tensor(scores, dtype=dtype, device=device)
     found = values_of(preds, torch.tensor(judged, device=device), names, relevance_threshold=threshold)
     for name in names:
         right = [oracle(name, x, y, threshold=threshold) for x, y in zip(scores, judged, strict=True)]
         assert found[name] == pytest.approx([value or 0.0 for value in right], **close)
+
+
+def scores_of_any_spread(g, documents):
+    """Rows beside each other that no one mapping to few numbers tells apart, and some that any does."""
+    shape = (3, documents)
+    normal = torch.randn(shape, generator=g)
+    uniform = torch.rand(shape, generator=g)
+    places = uniform.argsort(1)
+    one = places == 0
+    steps = (1 + places * 2.0**-23).float()  # neighbours among the floats
+    spreads = {
+        "normal": normal,
+        "uniform": uniform,
+        "far from zero": 1000 + uniform,
+        "two clusters": normal * 1e-3 + (places % 2),
+        "one outlier": torch.where(one, 1e30, normal),
+        "the largest": torch.where(one, torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max * uniform),
+        "neighbours": steps,
+        "neighbours and infinities": torch.where(one, INF, torch.where(places == 1, -INF, steps)),
+        "denormal": places * 1e-42,
+        "many magnitudes": torch.exp(40 * normal) * normal.sign(),
+        "half infinite": torch.where(uniform < 0.3, -INF, torch.where(uniform > 0.8, INF, normal)),
+        "tied": (normal * 2).round(),
+        "all tied": torch.full(shape, 0.25),
+        "zeros": torch.where(uniform < 0.5, -0.0, 0.0),
+        "all but one infinite": torch.where(one, 1.0, -INF),
+        "one NaN": torch.where(one, NAN, normal),
+        "many NaN": torch.where(uniform < 0.4, NAN, normal),
+        "normal again": normal * 100,
+    }
+    return torch.cat([x.float() for x in spreads.values()])
+
+
+@pytest.mark.parametrize("documents", [9, 15, 16, 17, 100, 255, 2032, 2033])
+@pytest.mark.parametrize("ties, nan", [("average", "propagate"), ("average", "last"), ("stable", "last")])
+@pytest.mark.once("reference")
+def test_scores_of_any_spread(ties, nan, documents, device, recorded):
+    g = torch.Generator().manual_seed(documents)
+    preds = torch.cat([scores_of_any_spread(g, documents) for _ in range(4)])
+    preds = preds[torch.rand(len(preds), generator=g).argsort()]
+    judged = torch.tensor([4, 7, 8, 10, 15, 33, 60])[torch.arange(len(preds)) % 7]
+    ranks = torch.rand(preds.shape, generator=g).argsort(1)
+    target = torch.where(ranks < judged[:, None], ranks % 3 + 1, 0)
+    values_of(preds.to(device), target.to(device), (*KINDS, "ndcg@10", "map@10", "mrr@3"), ties=ties, nan=nan)
+    found, empty = registry["ranking_metrics"](*recorded[-1])
+    truth, truly_empty = registry["ranking_metrics"].reference(*recorded[-1])
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-13, equal_nan=True)
+    assert torch.equal(empty, truly_empty)
+    assert found.isnan().any(0).sum() == (preds.isnan().any(1).sum() if nan == "propagate" else 0)
 
 
 @pytest.mark.parametrize(

@@ -646,8 +646,8 @@ std::tuple<Tensor, Tensor> ranked_areas(Tensor scores, Tensor labels, Optional w
   // A column of many is read best from a transposed copy.
   AreaArguments a{curves == 1 ? scores : torch::stable::contiguous(scores),
                   as_contiguous(labels, ScalarType::Long), as_doubles(weight), ignore_index};
-  Tensor areas = torch::stable::new_empty(scores, {2, curves}, ScalarType::Double);
-  Tensor totals = torch::stable::new_empty(scores, {2, curves}, ScalarType::Double);
+  Tensor areas = new_empty(scores, {2, curves}, ScalarType::Double);
+  Tensor totals = new_empty(scores, {2, curves}, ScalarType::Double);
   double *area = mutable_data<double>(areas), *total = mutable_data<double>(totals);
   baseline::with_logits_type(a.scores, [&](auto t, auto r) {
     using T = decltype(t);

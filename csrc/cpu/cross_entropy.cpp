@@ -736,8 +736,8 @@ std::tuple<Tensor, Tensor> forward(const Arguments& a) {
   std::vector<int64_t> loss_sizes;
   for (int64_t d = 0; a.reduction == 0 && d < a.logits.dim(); ++d)
     if (d != problem.class_dim) loss_sizes.push_back(a.logits.size(d));
-  Tensor loss = torch::stable::new_empty(a.logits, loss_sizes, real_type<R>);
-  Tensor residuals = torch::stable::new_empty(a.logits, {3 * rows + 1}, real_type<R>);
+  Tensor loss = new_empty(a.logits, loss_sizes, real_type<R>);
+  Tensor residuals = new_empty(a.logits, {3 * rows + 1}, real_type<R>);
   R* each_loss = a.reduction == 0 ? static_cast<R*>(loss.mutable_data_ptr()) : nullptr;
   R* stats = static_cast<R*>(residuals.mutable_data_ptr());
   std::vector<double> loss_sum(problem.blocks), divisor_sum(problem.blocks);

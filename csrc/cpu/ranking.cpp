@@ -9,9 +9,9 @@
 // whose judged documents have no ties, the common case, needs no groups.
 //
 // What did not help short rows: bytes marked by place and read as a vector (the load waits for the stores),
-// places from popcounts of bits, prefetching the row while its targets are read, eight queries side by side,
-// sums in any order (no early end), NaN found by a sum of the scores.
-// What did: no SSE code between AVX-512 code (evaluate() outside of the instruction sets took twice as long).
+// places from popcounts of bits or by compressing vectors, prefetching this row or those to come, eight
+// queries side by side, sums in any order (no early end), NaN found by a sum of the scores. What did: no SSE
+// code between AVX-512 code (evaluate() outside of the instruction sets took twice as long).
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -88,6 +88,7 @@ namespace {
 using ranking::Group;
 
 constexpr int64_t kChunk = 2048;   // scores that stay in L1
+constexpr int64_t kShort = 2032;   // documents of a short row: 127 vectors of 16-bit numbers
 constexpr int64_t kBlock = 32768;  // documents that a thread takes at a time
 
 // What the metrics sum up to a cut-off, from groups of tied documents in any order.
@@ -313,14 +314,11 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
     return nonzero_bits(v);
   };
   bool skip_zeros = ranking::zero_is_nothing(o), wrong = false;
-  double limit = o.gain == ranking::table ? double(o.gains_size) : INFINITY;
   int64_t count = found.count;
   for (int64_t i = begin; i < end; i += kLook) {
     int64_t n = std::min(kLook, end - i);
     uint64_t look = 0;  // those whose bits are not all 0
-    if (skip_zeros && stride == 1 && n == kLook) {
-      for (int j = 0; j < kLook; j += L) look |= nonzero(i + j) << (j % kLook);
-    } else if (skip_zeros && stride == 1 && end - begin >= L) {
+    if (skip_zeros && stride == 1 && end - begin >= L) {
       for (int64_t j = 0; j < n; j += L) {
         int64_t from = std::min(i + j, end - L);  // the last vector may overlap the one before
         uint64_t bits = nonzero(from);
@@ -334,7 +332,7 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
     double* value = found.y.need(count + kLook, count);
     int64_t before = count;
     bool zeros =
-        false;  // in a second loop: if the next place waited for the value, this would take twice as long
+        false;  // dropped later: if the next place waited for the value, this would take twice as long
     for (; look; look &= look - 1) {
       int64_t j = i + std::countr_zero(look);
       double v;
@@ -344,7 +342,7 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
         v = double(to_real(y[j * stride]));
       at[count] = int32_t(j);
       value[count++] = v;
-      wrong |= !(v >= 0) | !(v < limit);  // ranking::is_target, without branches
+      wrong |= !ranking::is_target(v, o);
       zeros |= v == 0;
     }
     if (!skip_zeros || !zeros) continue;
@@ -549,6 +547,151 @@ TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t
   constexpr int kAtOnce = TORCHFAST_VECTOR_BYTES == 64 ? 8 : 4;  // by the number of registers
   compare_all(x, n, score, scores, f, std::make_integer_sequence<int, kAtOnce>());
 }
+
+// Bits of those of 1 to 64 numbers that are not 1. Reads whole vectors.
+template <class R>
+TORCHFAST_INLINE uint64_t not_one(const Int<R>* x, int64_t n) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < n; i += Simd<R>::lanes) {
+    IntVec<R> v;
+    __builtin_memcpy(&v, x + i, sizeof(v));
+    bits |= nonzero_bits(v - 1) << i;
+  }
+  return bits << (64 - n) >> (64 - n);
+}
+
+// The same for several scores in short rows: all are mapped to 16 bits by a function that nowhere decreases,
+// where one sign says larger, smaller or equal. The counts of a score that has its place alone are exact; the
+// others are counted again. Half of the time of compare_all.
+#if TORCHFAST_VECTOR_BYTES >= 32
+class Coarse {
+ public:
+  // Counts in larger[j] and equal[j], up to the next multiple of 4, those larger than and equal to score[j].
+  // False: it did not, because there are NaN, or scores of earlier rows have shared their places too often.
+  TORCHFAST_INLINE bool count(const float* x, int64_t n, const float* score, int64_t scores, int32_t* larger,
+                              int32_t* equal) {
+    seen_ += scores;
+    if (again_ > seen_ / 8 + 64 || !map_all(x, n)) return false;
+    for (int64_t j = 0; j < scores; j += 16)
+      store(score_ + j, _mm256_permute4x64_epi64(map(score + j, score + j + 8), 0xd8));
+    for (int64_t j = 0; j < scores; j += 8) {
+      switch ((std::min<int64_t>(scores - j, 8) + 1) / 2) {
+        case 1: compare<2>(n, j, larger, equal); break;
+        case 2: compare<4>(n, j, larger, equal); break;
+        case 3: compare<6>(n, j, larger, equal); break;
+        default: compare<8>(n, j, larger, equal);
+      }
+    }
+    if (uint64_t others = not_one<float>(equal, scores))
+      count_again(x, n, score, scores, others, larger, equal);
+    return true;
+  }
+
+ private:
+  TORCHFAST_INLINE static void store(int16_t* to, __m256i v) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
+  }
+  TORCHFAST_INLINE __m256i map(__m256 a, __m256 b) const {
+    auto whole = [this](__m256 v) __attribute__((always_inline)) {
+      __m256 mapped = _mm256_fmadd_ps(v, _mm256_set1_ps(scale_), _mm256_set1_ps(offset_));
+      return _mm256_cvtps_epi32(_mm256_min_ps(mapped, _mm256_set1_ps(32767)));  // beyond int: its least
+    };
+    return _mm256_packs_epi32(whole(a), whole(b));
+  }
+  TORCHFAST_INLINE __m256i map(const float* a, const float* b) const {
+    return map(_mm256_loadu_ps(a), _mm256_loadu_ps(b));
+  }
+
+  // The documents, up to a full vector of the smallest; false if there are NaN.
+  TORCHFAST_INLINE bool map_all(const float* x, int64_t n) {
+    __m256 nan{};
+    auto add = [&](__m256 a, __m256 b, int64_t i) __attribute__((always_inline)) {
+      nan = _mm256_or_ps(nan, _mm256_cmp_ps(a, b, _CMP_UNORD_Q));
+      store(document_ + i, map(a, b));
+    };
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) add(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8), i);
+    if (i < n) {
+      float rest[16];
+      if (n < 16) std::fill(std::copy_n(x, n, rest), rest + 16, -INFINITY);
+      const float* from = n < 16 ? rest : x + n - 16;
+      __m256 lane{0, 1, 2, 3, 4, 5, 6, 7}, first = float(n < 16 ? 0 : i + 16 - n) - __m256{};
+      __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + 8), least = -INFINITY - __m256{};
+      add(lane < first ? least : a, lane + 8 < first ? least : b, i);
+    }
+    return _mm256_movemask_ps(nan) == 0;
+  }
+
+  template <int scores>
+  TORCHFAST_INLINE void compare(int64_t n, int64_t first, int32_t* larger, int32_t* equal) const {
+    // Of each word's documents, L larger and S smaller: the low byte is 128 + L - S, the high one -S.
+    __m256i s[scores], signs[(scores + 3) / 4 * 4] = {};
+    for (int j = 0; j < scores; ++j) {
+      s[j] = _mm256_set1_epi16(score_[first + j]);
+      signs[j] = _mm256_set1_epi16(128);
+    }
+    for (int64_t i = 0; i < n; i += 16) {
+      __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(document_ + i));
+      for (int j = 0; j < scores; ++j) {
+        __m256i sign = _mm256_sign_epi16(_mm256_set1_epi16(1), _mm256_subs_epi16(v, s[j]));
+        signs[j] = _mm256_add_epi8(signs[j], sign);
+      }
+    }
+    // 128 * 16 + L + 2^14 S
+    for (int j = 0; j < scores; ++j) {
+      __m256i smaller =
+          _mm256_madd_epi16(_mm256_srai_epi16(signs[j], 8), _mm256_set1_epi16(-(1 << 14) - 257));
+      signs[j] = _mm256_add_epi32(_mm256_madd_epi16(signs[j], _mm256_set1_epi16(1)), smaller);
+    }
+    for (int j = 0; j < scores; j += 4) {
+      __m256i halves = _mm256_hadd_epi32(_mm256_hadd_epi32(signs[j], signs[j + 1]),
+                                         _mm256_hadd_epi32(signs[j + 2], signs[j + 3]));
+      __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+      sums = _mm_sub_epi32(sums, _mm_set1_epi32(128 * 16));
+      __m128i above = _mm_and_si128(sums, _mm_set1_epi32((1 << 14) - 1));
+      __m128i others = _mm_add_epi32(above, _mm_srli_epi32(sums, 14));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(larger + first + j), above);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(equal + first + j),
+                       _mm_sub_epi32(_mm_set1_epi32(int32_t((n + 15) / 16 * 16)), others));
+    }
+  }
+
+  // Those whose bits are set.
+  void count_again(const float* x, int64_t n, const float* score, int64_t scores, uint64_t those,
+                   int32_t* larger, int32_t* equal) {
+    float shared[64];
+    int id[64], count = 0, alone = 0;
+    for (; those; those &= those - 1) shared[count] = score[id[count] = std::countr_zero(those)], ++count;
+    compare_all(x, n, shared, count, [&](int64_t first, auto scores, const Counts<float>* counts) {
+      for (int j = 0; j < scores(); ++j) {
+        larger[id[first + j]] = int32_t(sum_of(counts[j].larger));
+        equal[id[first + j]] = int32_t(sum_of(counts[j].equal));
+        alone += equal[id[first + j]] == 1;
+      }
+    });
+    again_ += count;
+    if (alone > scores / 4) fit(x, n);
+  }
+
+  // Spreads the scores of a row over two thirds of the places.
+  void fit(const float* x, int64_t n) {
+    Vec<float> low = splat(float(INFINITY)), high = -low;
+    for_each_vec<float, 1>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
+      Vec<float> v = only_n<float>(load_n<float>(x + i, count), count, x[0]);
+      low = (v < low) & (v > -INFINITY) ? v : low;
+      high = (v > high) & (v < INFINITY) ? v : high;
+    });
+    float least = -max_lanes<float>(-low), most = max_lanes<float>(high);
+    float scale = 43690 / (most - least), offset = -scale * (least / 2 + most / 2);
+    if (scale > 0 && scale < INFINITY && offset - offset == 0) scale_ = scale, offset_ = offset;
+  }
+
+  float scale_ = 1, offset_ = 0;
+  int64_t seen_ = 0, again_ = 0;  // scores
+  alignas(32) int16_t document_[kShort];
+  alignas(32) int16_t score_[64];
+};
+#endif
 
 // The same for 9 to 31 scores in rows that are worth it: each document's place among the scores is found in
 // four or five steps, by lookups in registers; places are bytes, and compared 32 at a time. Half of the
@@ -787,37 +930,38 @@ class Ranker {
   }
 
   // Whether each judged document is the only one of its score.
-  bool is_untied() const {
-    bool untied = true;
-    for (int64_t i = 0; i < judged.count; ++i) untied &= equal_[i] == 1;
-    return untied;
-  }
+  bool is_untied() const { return judged.count == 0 || not_one<R>(equal_, judged.count) == 0; }
 
   // Untied judged documents: larger_ is their places.
   TORCHFAST_INLINE void put_in_order(int64_t n) {
     int64_t count = judged.count;
     int32_t id[kCounted];
-    if (count <= L) {
-      for (int32_t i = 0; i < count; ++i)
-        id[std::popcount(larger_bits(load<R>(score_), splat(score_[i])))] = i;
+    auto put = [&](int64_t at, int32_t i) __attribute__((always_inline)) {
+      untied_.place[at] = int32_t(larger_[i]);
+      untied_.gain[at] = gain_[i];
+      id[at] = i;
+    };
+    if (count <= 2 * L) {
+      for (int32_t i = 0; i < count; ++i) {
+        uint64_t above = larger_bits(load<R>(score_), splat(score_[i]));
+        if (count > L) above |= larger_bits(load<R>(score_ + L), splat(score_[i])) << L;
+        put(std::popcount(above), i);
+      }
     } else {
-      int32_t at_place[kShort], *to = id;
-      for (int32_t i = 0; i < count; ++i) at_place[larger_[i]] = i;
-      for (int64_t begin = 0; begin < n; begin += 64) {
-        uint64_t taken = 0;
-        for (int64_t i = 0; i < count; ++i) {
-          uint64_t bit = uint64_t(larger_[i]) - begin;
-          taken |= uint64_t{bit < 64} << (bit % 64);
-        }
-        for (; taken; taken &= taken - 1) *to++ = at_place[begin + std::countr_zero(taken)];
+      constexpr int kLook = TORCHFAST_VECTOR_BYTES / 2;
+      typedef int16_t Ids __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
+      int16_t id_at[kShort + kLook];  // + 1; 0 says none
+      std::fill_n(id_at, n + kLook, 0);
+      for (int32_t i = 0; i < count; ++i) id_at[larger_[i]] = int16_t(i + 1);
+      int64_t at = 0;
+      for (int64_t begin = 0; begin < n; begin += kLook) {
+        Ids ids;
+        __builtin_memcpy(&ids, id_at + begin, sizeof(ids));
+        for (uint64_t taken = nonzero_bits(ids); taken; taken &= taken - 1)
+          put(at++, id_at[begin + std::countr_zero(taken)] - 1);
       }
     }
-    untied_.judged = count;
-    for (int64_t i = 0; i < count; ++i) {
-      untied_.place[i] = int32_t(larger_[id[i]]);
-      untied_.gain[i] = gain_[id[i]];
-    }
-    untied_.relevant = count;
+    untied_.judged = untied_.relevant = count;
     untied_.hit = untied_.place;
     if (plain_) return;
     untied_.relevant = 0;
@@ -894,6 +1038,10 @@ class Ranker {
       gather(row.scores, row.stride, row.n, staged);
       x = staged;
     }
+#if TORCHFAST_VECTOR_BYTES >= 32
+    if constexpr (std::is_same_v<R, float>)
+      if (judged.count > 6 && coarse_.count(x, row.n, score_, judged.count, larger_, equal_)) return row.n;
+#endif
     constexpr int kLanes = Narrow<R>::lanes, kSummed = 2;  // adding up lanes takes as long as so many vectors
     int64_t vectors = (row.n + kLanes - 1) / kLanes, wide = (judged.count + kLanes - 1) / kLanes;
     if (judged.count * (vectors + kSummed) > row.n * wide) {
@@ -1056,8 +1204,8 @@ class Ranker {
     }
   }
 
-  static constexpr int64_t kShort = 512;      // documents of a short row
-  static constexpr int64_t kCounted = 4 * L;  // up to so many judged documents, counting is faster
+  static constexpr int64_t kCounted =
+      std::min(64, 8 * L);  // up to so many judged documents, counting is faster
 
   const Arguments& a_;
   const ranking::Options& o_;
@@ -1077,6 +1225,9 @@ class Ranker {
   R score_[kCounted + L];
   Int<R> larger_[kCounted], equal_[kCounted];
   Buffer<Counts<R>> counts_;
+#if TORCHFAST_VECTOR_BYTES >= 32
+  Coarse coarse_;
+#endif
   // By sorting.
   Buffer<int32_t> id_;
   Buffer<Element> elements_;
@@ -1271,8 +1422,8 @@ std::tuple<Tensor, Tensor> boundaries(const Tensor& like, int64_t n, const Parts
     first[part + 1] = count;
   });
   for (int64_t part = 0; part < parts.count; ++part) first[part + 1] += first[part];
-  Tensor offsets = torch::stable::new_empty(like, {first.back() + 1});
-  Tensor ids = torch::stable::new_empty(like, {first.back()});
+  Tensor offsets = new_empty(like, {first.back() + 1}, ScalarType::Long);
+  Tensor ids = new_empty(like, {first.back()}, ScalarType::Long);
   int64_t *offset = mutable_data(offsets), *id = mutable_data(ids);
   parts.for_each_range(n, 1, [&](int64_t part, int64_t begin, int64_t end) {
     int64_t to = first[part];
@@ -1293,7 +1444,7 @@ std::tuple<Tensor, Tensor, Tensor> group_unsorted(const Tensor& indexes, const i
     for (int64_t i = begin; i < end; ++i) all[i] = {Key(uint64_t(id[i]) - uint64_t(least)), Key(i)};
   });
   const Keyed<Key>* sorted = radix_sort(all, all + n, n, parts, counts);
-  Tensor order = torch::stable::new_empty(indexes, {n});
+  Tensor order = new_empty(indexes, {n}, ScalarType::Long);
   int64_t* to = mutable_data(order);
   parts.for_each_range(n, 1, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) to[i] = int64_t(sorted[i].id);
@@ -1311,7 +1462,7 @@ std::tuple<Tensor, Tensor, Tensor> group_by_query(Tensor given, bool skip_sorted
   Parts parts{n < kGrainElements ? 1 : int64_t(torch::stable::get_num_threads())};
   if (skip_sorted && std::is_sorted(id, id + n)) {
     auto [offsets, ids] = boundaries(indexes, n, parts, [=](int64_t i) { return id[i]; });
-    return {torch::stable::new_empty(indexes, {0}), offsets, ids};
+    return {new_empty(indexes, {0}, ScalarType::Long), offsets, ids};
   }
   if (n == 0) return group_unsorted<uint32_t>(indexes, id, 0, 0, parts);
   auto [least, most] = std::minmax_element(id, id + n);

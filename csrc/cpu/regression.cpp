@@ -138,8 +138,8 @@ std::tuple<Tensor, Tensor> regression_moments(Tensor preds, Tensor target, std::
       parts[part] = TORCHFAST_DISPATCH(moments)(p, y, w, begin, std::min(kChunk, n - begin));
     }
   });
-  Tensor sums = torch::stable::new_empty(preds, {4, outputs}, ScalarType::Double);
-  Tensor spread = torch::stable::new_empty(preds, {3, outputs}, ScalarType::Double);
+  Tensor sums = new_empty(preds, {4, outputs}, ScalarType::Double);
+  Tensor spread = new_empty(preds, {3, outputs}, ScalarType::Double);
   double* sum = static_cast<double*>(sums.mutable_data_ptr());
   double* around = static_cast<double*>(spread.mutable_data_ptr());
   for (int64_t output = 0; output < outputs; ++output) {

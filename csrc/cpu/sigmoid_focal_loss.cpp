@@ -506,9 +506,8 @@ class Problem {
 // The output is the leader of the walk: it is dense.
 template <class R>
 std::tuple<Tensor, Tensor> forward(const Arguments& a) {
-  Tensor loss = a.reduction == 0 ? empty_like(a.logits, real_type<R>)
-                                 : torch::stable::new_empty(a.logits, {}, real_type<R>);
-  Tensor divisor = torch::stable::new_empty(a.logits, {1}, real_type<R>);
+  Tensor loss = a.reduction == 0 ? empty_like(a.logits, real_type<R>) : new_empty(a.logits, {}, real_type<R>);
+  Tensor divisor = new_empty(a.logits, {1}, real_type<R>);
   R* each_loss = a.reduction == 0 ? static_cast<R*>(loss.mutable_data_ptr()) : nullptr;
   FreshMemory fresh(each_loss, each_loss ? loss.numel() * sizeof(R) : 0);
   Problem<R> problem(a, memory_order(each_loss ? loss : a.logits));

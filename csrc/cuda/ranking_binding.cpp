@@ -96,7 +96,7 @@ void evaluate(const Arguments& a, double* values, bool* empty) {
   call.options = a.options;
   call.values = values;
   call.empty = empty;
-  Tensor working = torch::stable::new_empty(a.preds, {int64_t(working_bytes(call))}, ScalarType::Byte);
+  Tensor working = new_empty(a.preds, {int64_t(working_bytes(call))}, ScalarType::Byte);
   const char* problem = launch(call, a.kinds.data(), a.ks.data(), int64_t(a.kinds.size()),
                                working.mutable_data_ptr(), current_stream(a.preds));
   STD_TORCH_CHECK(!problem, "ranking_metrics: ", problem ? problem : "");

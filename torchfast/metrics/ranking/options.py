@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -110,9 +109,11 @@ def resolve(
     mutable = not (isinstance(gain, _NO_TABLE) and isinstance(relevance_threshold, _NO_TENSOR))
     if mutable or torch.compiler.is_compiling():
         return _resolve(metrics, **given)
-    with contextlib.suppress(TypeError):  # of what is not hashable, so not allowed: the errors below say what it is
-        return _resolved(metrics, **given)  # remembered: a tenth of the time of a small call
-    return _resolve(metrics, **given)
+    try:
+        options = _resolved(metrics, **given)  # remembered: a tenth of the time of a small call
+    except TypeError:
+        options = None  # what is not hashable is not allowed: the errors below say so
+    return options or _resolve(metrics, **given)
 
 
 def _resolve(

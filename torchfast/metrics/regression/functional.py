@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import LOGITS_DTYPES, check, check_device, check_factor, readable
+from torchfast._common import LOGITS_DTYPES, check, check_device, check_factor, check_shape, readable
 from torchfast._register import Sample, register_metric
 from torchfast.metrics._common import check_choice, check_kind, check_no_gradient, digest, names_of, value_dtype
 
@@ -127,7 +127,7 @@ def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight
             raise TypeError(f"{name} must be a tensor of floats or integers, got {x.dtype}")
         check_no_gradient("metrics", x)
     check("preds' shape", preds.dim() in (1, 2), tuple(preds.shape), "(N,) or (N, outputs)")
-    check("target's shape", target.shape == preds.shape, tuple(target.shape), f"preds' shape {tuple(preds.shape)}")
+    check_shape("target", target, "preds", preds)
     check_device("target", target, "preds", preds)
     preds, target = preds.detach(), target.detach()
     if sample_weight is not None:
