@@ -130,44 +130,72 @@ class Groups {
 };
 
 // The same from the judged documents in order, where none is tied with any other.
-struct Untied {
+class Untied {
+ public:
+  void begin(int64_t judged) {
+    judged_ = relevant_ = judged;
+    place_.need(judged + L), gain_.need(judged);
+    hit_ = place_.get();
+  }
+  // The i-th one: how many documents have larger scores.
+  void put(int64_t i, int32_t place, double gain) { place_[i] = place, gain_[i] = gain; }
+  // Where not all are relevant, when all are put.
+  template <class F>
+  void choose_relevant(const F& is_relevant) {
+    int32_t* hit = hits_.need(judged_ + L);
+    hit_ = hit;
+    relevant_ = 0;
+    for (int64_t i = 0; i < judged_; ++i) {
+      hit[relevant_] = place_[i];
+      relevant_ += is_relevant(i);
+    }
+  }
+
   template <ranking::Kind kind>
   double sum(int64_t k, const Discounts& discounts) const {
-    double sum = 0;
     if constexpr (kind == ranking::dcg) {
-      for (int64_t i = 0; i < judged && place[i] < k; ++i) sum += gain[i] * discounts(place[i] + 1);
-    } else if constexpr (kind == ranking::mrr) {
-      if (relevant > 0 && hit[0] < k) sum = 1 / double(hit[0] + 1);
-    } else if constexpr (kind == ranking::hit_rate) {
-      sum = relevant > 0 && hit[0] < k;
-    } else if constexpr (kind == ranking::map) {
-      double precision[kMost];
-      for (int i = 0; i < relevant; i += 8)
-        for (int j = i; j < i + 8; ++j) precision[j] = double(j + 1) / double(hit[j] + 1);
-      for (int64_t i = 0; i < relevant && hit[i] < k; ++i) sum += precision[i];
-    } else {
-      sum = double(hits(k));
+      double sum = 0;
+      for (int64_t i = 0; i < judged_ && place_[i] < k; ++i) sum += gain_[i] * discounts(place_[i] + 1);
+      return sum;
     }
-    return sum;
+    if constexpr (kind == ranking::mrr) return relevant_ > 0 && hit_[0] < k ? 1 / double(hit_[0] + 1) : 0;
+    if constexpr (kind == ranking::hit_rate) return relevant_ > 0 && hit_[0] < k;
+    if constexpr (kind == ranking::map) return precisions(hits(k));
+    return double(hits(k));
   }
 
-  double map_over_hits(int64_t k, const Discounts& discounts) const {
+  double map_over_hits(int64_t k, const Discounts&) const {
     int64_t found = hits(k);
-    return found > 0 ? sum<ranking::map>(k, discounts) / double(found) : 0;
+    return found > 0 ? precisions(found) / double(found) : 0;
   }
-
-  static constexpr int64_t kMost = 64;
-  int64_t judged, relevant;
-  int32_t place[kMost] = {};  // how many documents have larger scores
-  double gain[kMost];
-  const int32_t* hit;  // places of the relevant ones
 
  private:
+  static constexpr int L = Simd<double>::lanes;
+
   int64_t hits(int64_t k) const {
+    if (relevant_ == 0 || hit_[relevant_ - 1] < k) return relevant_;
     int64_t hits = 0;
-    while (hits < relevant && hit[hits] < k) ++hits;
+    while (hit_[hits] < k) ++hits;
     return hits;
   }
+  // Their sum at the first so many relevant ones.
+  double precisions(int64_t count) const {
+    typedef int32_t Places __attribute__((vector_size(L * 4)));
+    Vec<double> sums{}, rank;
+    for (int j = 0; j < L; ++j) rank[j] = j + 1;
+    for (int64_t i = 0; i < count; i += L, rank += L) {
+      Places place;
+      __builtin_memcpy(&place, hit_ + i, sizeof(place));
+      Vec<double> precision = rank / (__builtin_convertvector(place, Vec<double>) + 1);
+      sums += rank <= double(count) ? precision : Vec<double>{};
+    }
+    return sum_lanes<double>(sums);
+  }
+
+  int64_t judged_, relevant_;
+  Buffer<int32_t> place_, hits_;
+  Buffer<double> gain_;
+  const int32_t* hit_;  // places of the relevant ones
 };
 
 // The best DCG: gains in descending order.
@@ -850,7 +878,7 @@ class Ranker {
     if (judged.count <= kCounted)
       numbers = rank_by_counting(row, parts, untied);
     else
-      numbers = rank_by_sorting(row, cut, parts);
+      numbers = rank_by_sorting(row, cut, parts, untied);
     if (query.n_rel < query.relevant || (o_.nan == propagate && numbers < row.n)) return fail(out, empty);
     empty[0] = query.n_rel == 0;
     empty[step_] = !gain;
@@ -936,9 +964,9 @@ class Ranker {
   TORCHFAST_INLINE void put_in_order(int64_t n) {
     int64_t count = judged.count;
     int32_t id[kCounted];
+    untied_.begin(count);
     auto put = [&](int64_t at, int32_t i) __attribute__((always_inline)) {
-      untied_.place[at] = int32_t(larger_[i]);
-      untied_.gain[at] = gain_[i];
+      untied_.put(at, int32_t(larger_[i]), gain_[i]);
       id[at] = i;
     };
     if (count <= 2 * L) {
@@ -961,15 +989,8 @@ class Ranker {
           put(at++, id_at[begin + std::countr_zero(taken)] - 1);
       }
     }
-    untied_.judged = untied_.relevant = count;
-    untied_.hit = untied_.place;
-    if (plain_) return;
-    untied_.relevant = 0;
-    untied_.hit = hit_;
-    for (int64_t i = 0; i < count; ++i) {
-      hit_[untied_.relevant] = untied_.place[i];
-      untied_.relevant += ranking::is_relevant(judged.y[id[i]], o_);
-    }
+    if (!plain_)
+      untied_.choose_relevant([&](int64_t at) { return ranking::is_relevant(judged.y[id[at]], o_); });
   }
 
   template <class S>
@@ -1092,7 +1113,7 @@ class Ranker {
 
   // All documents, or those from the cut-th score up.
   template <class S>
-  int64_t rank_by_sorting(const Row<S>& row, int64_t cut, const Parts& parts) {
+  int64_t rank_by_sorting(const Row<S>& row, int64_t cut, const Parts& parts, bool& untied) {
     int64_t numbers = -1, n = 0;
     if (cut < row.n / 8) numbers = select_top(row, cut, parts, n);
     if (n == 0) {
@@ -1109,7 +1130,8 @@ class Ranker {
       for (int64_t i = 0; i < judged.count; ++i) all[judged.at[i]].id = Key<R>(i + 1);
     }
     const Element* sorted = radix_sort(elements_.get(), elements_.get() + n, n, parts, digits_);
-    add_groups(sorted, n);
+    untied = is_untied(sorted, n);
+    untied ? put_in_order(sorted, n) : add_groups(sorted, n);
     return numbers;
   }
 
@@ -1180,14 +1202,37 @@ class Ranker {
     }
   }
 
-  // Documents by ascending key; id - 1 is the judged document's, 0 says none.
-  void add_groups(const Element* sorted, int64_t n) {
-    int32_t* at = id_.need(n + judged.count + 1);
+  // ... of documents by ascending key; id - 1 is the judged document's, 0 says none.
+
+  static bool is_untied(const Element* sorted, int64_t n) {
+    bool tied = false;
+    for (int64_t i = 1; i < n; ++i) tied |= sorted[i].key == sorted[i - 1].key;
+    return !tied;
+  }
+
+  // Where the judged documents are in the order.
+  int64_t find_places(const Element* sorted, int64_t n, int32_t* at) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
       at[count] = int32_t(i);
       count += sorted[i].id != 0;
     }
+    return count;
+  }
+
+  void put_in_order(const Element* sorted, int64_t n) {
+    int32_t* at = id_.need(n + 1);
+    int64_t count = find_places(sorted, n, at);
+    untied_.begin(count);
+    for (int64_t i = 0; i < count; ++i) untied_.put(i, at[i], gain_[sorted[at[i]].id - 1]);
+    if (!plain_)
+      untied_.choose_relevant(
+          [&](int64_t i) { return ranking::is_relevant(judged.y[sorted[at[i]].id - 1], o_); });
+  }
+
+  void add_groups(const Element* sorted, int64_t n) {
+    int32_t* at = id_.need(n + judged.count + 1);
+    int64_t count = find_places(sorted, n, at);
     int32_t* ids = at + count;
     for (int64_t c = 0; c < count;) {
       int64_t begin = at[c], end = begin + 1, in_group = 0;
@@ -1219,7 +1264,6 @@ class Ranker {
   const double* gain_;    // of the judged documents
   Groups groups_;
   Untied untied_;
-  int32_t hit_[Untied::kMost] = {};
   int32_t relevant_before_ = 0;
   // By counting: the judged documents' scores, and how many are larger and equal.
   R score_[kCounted + L];
