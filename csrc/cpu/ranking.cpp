@@ -2,11 +2,12 @@
 //
 // The metrics depend on the ranks of the documents that are judged (target > 0) alone, and a rank is a
 // number of larger scores. Per query, the cheapest of three ways to them:
-//   count   few judged documents: compare every document with each of them, chunk by chunk in L1
+//   count   few judged documents: compare every document with each of them, chunk by chunk in L1, in short
+//           rows as 16-bit numbers where that is exact
 //   top     many, but only the first k ranks matter: sort the documents from the k-th score up
 //   sort    many: sort all documents (radix sort)
-// Each finds the groups of tied documents exactly; csrc/ranking.h turns these into the metrics. A short row
-// whose judged documents have no ties, the common case, needs no groups.
+// Each finds the groups of tied documents exactly; csrc/ranking.h turns these into the metrics. Where no
+// documents are tied, the common case, places are enough.
 //
 // What did not help short rows: bytes marked by place and read as a vector (the load waits for the stores),
 // places from popcounts of bits or by compressing vectors, prefetching this row or those to come, eight
@@ -88,7 +89,7 @@ namespace {
 using ranking::Group;
 
 constexpr int64_t kChunk = 2048;   // scores that stay in L1
-constexpr int64_t kShort = 2032;   // documents of a short row: 127 vectors of 16-bit numbers
+constexpr int64_t kShort = 2032;   // documents of a short row: 127 vectors of 16 (see Coarse)
 constexpr int64_t kBlock = 32768;  // documents that a thread takes at a time
 
 // What the metrics sum up to a cut-off, from groups of tied documents in any order.
@@ -706,8 +707,8 @@ class Coarse {
     Vec<float> low = splat(float(INFINITY)), high = -low;
     for_each_vec<float, 1>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
       Vec<float> v = only_n<float>(load_n<float>(x + i, count), count, x[0]);
-      low = (v < low) & (v > -INFINITY) ? v : low;
-      high = (v > high) & (v < INFINITY) ? v : high;
+      low = ((v < low) & (v > -INFINITY)) ? v : low;
+      high = ((v > high) & (v < INFINITY)) ? v : high;
     });
     float least = -max_lanes<float>(-low), most = max_lanes<float>(high);
     float scale = 43690 / (most - least), offset = -scale * (least / 2 + most / 2);

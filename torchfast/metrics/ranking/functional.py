@@ -47,17 +47,18 @@ def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) 
     inputs = check_inputs(options, preds, target, **arguments)
     table = None if options.table is None else options.table.to(preds.device)
     values, empty = _op(*inputs, table, *options.numbers)
-    traced = torch.compiler.is_compiling() or type(values) is not Tensor or values.is_meta
-    asked = "error" in (options.nan, options.empty) and not traced
+    strict = "error" in (options.nan, options.empty) and not (
+        torch.compiler.is_compiling() or type(values) is not Tensor or values.is_meta
+    )
     totals = None
-    if asked or readable(values):
+    if strict or readable(values):
         totals = values.sum(1)
         if any(map(math.isnan, totals.tolist())):
             refuse(inputs, options)
     if options.empty == "zero":
         return PerQuery(values, None, totals)
     undefined = torch.stack([empty[int(by_gain)] for by_gain in options.by_gain])
-    if options.empty == "error" and not traced and undefined.any():
+    if options.empty == "error" and strict and undefined.any():
         metric, query = undefined.nonzero()[0].tolist()
         what = "positive gain" if options.by_gain[metric] else "relevant document"
         raise ValueError(f"query {query} has no {what}, so {options.names[metric]} is undefined (empty='error')")
