@@ -10,9 +10,9 @@
 // documents are tied, the common case, places are enough.
 //
 // What did not help short rows: bytes marked by place and read as a vector (the load waits for the stores),
-// places from popcounts of bits or by compressing vectors, prefetching, eight
-// queries side by side, sums in any order (no early end), NaN found by a sum of the scores. What did: no SSE
-// code between AVX-512 code (evaluate() outside of the instruction sets took twice as long).
+// places from popcounts of bits or by compressing vectors, prefetching, eight queries side by side, sums in
+// any order (no early end), NaN found by a sum of the scores. What did: no SSE code between AVX-512 code
+// (evaluate() outside of the instruction sets took twice as long).
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -1250,8 +1250,8 @@ class Ranker {
     }
   }
 
-  static constexpr int64_t kCounted =
-      std::min(64, 8 * L);  // up to so many judged documents, counting is faster
+  // Up to so many judged documents, counting is faster.
+  static constexpr int64_t kCounted = std::min(64, 8 * L);
 
   const Arguments& a_;
   const ranking::Options& o_;
