@@ -140,7 +140,7 @@ inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
 // asked for. In a virtual machine whose host has taken free memory back, each of these can cost 3 ms instead
 // of 0.15, because it is the large free blocks that are given back. The first ones are often fast: each is
 // timed, and from the second slow one on small pages serve. (Waiting until a quarter is slow: 200 ms instead
-// of 125 for focal loss of 512 x 128256; never: 65 to 325.)
+// of 125 for focal loss of 512 x 128256; never: 65 to 325. Until two of eight are: no difference.)
 class FreshMemory {
  public:
   FreshMemory(void* data, int64_t bytes) {
