@@ -413,6 +413,15 @@ def test_huge_rows(form, target_dtype, device, recorded):
     torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
 
 
+def test_r_precision_alone_where_many_are_judged_and_none_is_relevant(device):
+    """It is the only metric whose cut-off can be 0."""
+    g = torch.Generator().manual_seed(5)
+    preds = torch.randn(3, 3000, generator=g).to(device)
+    target = (torch.rand(3, 3000, generator=g) < 0.1).to(device)
+    found = values_of(preds, target, ["r_precision"], relevance_threshold=2.0)
+    assert found == {"r_precision": [0.0, 0.0, 0.0]}
+
+
 def test_each_metric_is_the_same_alone_and_among_others(device):
     g = torch.Generator().manual_seed(2)
     preds, target = random_scores(g, (40, 60), 20, torch.float32).to(device), torch.randint(3, (40, 60), generator=g)
@@ -750,6 +759,7 @@ def test_wrong_metric_names(name, message):
         ({"map_denominator": "k"}, ValueError, r"map_denominator must be 'n_rel', 'min\(k,n_rel\)' or 'hits', got 'k'"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'mean' or 'none', got 'sum'"),
         ({"preset": "trec"}, ValueError, "preset must be 'trec_eval', 'sklearn', .* got 'trec'"),
+        ({"preset": {}}, ValueError, "preset must be 'trec_eval', 'sklearn', .* got {}"),
         (
             {"preset": "xgboost", "ties": "average"},
             ValueError,

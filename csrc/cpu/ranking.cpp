@@ -10,9 +10,9 @@
 // documents are tied, the common case, places are enough.
 //
 // What did not help short rows: bytes marked by place and read as a vector (the load waits for the stores),
-// places from popcounts of bits or by compressing vectors, prefetching, eight queries side by side, sums in
-// any order (no early end), NaN found by a sum of the scores. What did: no SSE code between AVX-512 code
-// (evaluate() outside of the instruction sets took twice as long).
+// places from popcounts of bits or by compressing vectors, prefetching (below a page), eight queries side by
+// side, sums in any order (no early end), NaN found by a sum of the scores. What did: no SSE code between
+// AVX-512 code (evaluate() outside of the instruction sets took twice as long).
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -589,9 +589,9 @@ TORCHFAST_INLINE uint64_t not_one(const Int<R>* x, int64_t n) {
   return bits << (64 - n) >> (64 - n);
 }
 
-// The same for several scores in short rows: all are mapped to 16 bits by a function that nowhere decreases,
-// where one sign says larger, smaller or equal. The counts of a score that has its place alone are exact; the
-// others are counted again. Half of the time of compare_all.
+// compare_all for several scores in short rows: all are mapped to 16 bits by a function that nowhere
+// decreases, where one sign says larger, smaller or equal. The counts of a score that has its place alone are
+// exact; the others are counted again. Half of its time.
 #if TORCHFAST_VECTOR_BYTES >= 32
 class Coarse {
  public:
@@ -722,9 +722,9 @@ class Coarse {
 };
 #endif
 
-// The same for 9 to 31 scores in rows that are worth it: each document's place among the scores is found in
-// four or five steps, by lookups in registers; places are bytes, and compared 32 at a time. Half of the
-// comparisons of compare_all.
+// compare_all for 9 to 31 scores in rows that are worth it: each document's place among the scores is found
+// in four or five steps, by lookups in registers; places are bytes, and compared 32 at a time. Half of the
+// comparisons.
 #if TORCHFAST_VECTOR_BYTES == 64
 class Search {
  public:
@@ -1116,7 +1116,7 @@ class Ranker {
   template <class S>
   int64_t rank_by_sorting(const Row<S>& row, int64_t cut, const Parts& parts, bool& untied) {
     int64_t numbers = -1, n = 0;
-    if (cut < row.n / 8) numbers = select_top(row, cut, parts, n);
+    if (cut > 0 && cut < row.n / 8) numbers = select_top(row, cut, parts, n);
     if (n == 0) {
       n = row.n;
       Element* all = elements_.need(2 * n);
@@ -1203,7 +1203,7 @@ class Ranker {
     }
   }
 
-  // ... of documents by ascending key; id - 1 is the judged document's, 0 says none.
+  // In what follows documents are sorted by ascending key; id - 1 is the judged document's, 0 says none.
 
   static bool is_untied(const Element* sorted, int64_t n) {
     bool tied = false;

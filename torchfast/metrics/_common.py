@@ -42,7 +42,7 @@ def listed(allowed: Iterable[str]) -> str:
 
 
 def check_choice(name: str, given: object, allowed: Collection[str]) -> None:
-    check(name, given in allowed, given, listed(allowed))
+    check(name, given in tuple(allowed), given, listed(allowed))  # which need not be hashable
 
 
 def check_no_gradient(what: str, x: Tensor) -> None:

@@ -100,8 +100,8 @@ def ranking_metrics(
 ) -> dict[str, Tensor]:
     r"""Ranking metrics of many queries, all in one pass over the scores.
 
-    The formulas, with their treatment of ties, are in :mod:`torchfast.metrics.ranking`. Every result is the same
-    whatever other metrics and cut-offs are asked for.
+    The formulas, with their treatment of ties, are in :mod:`torchfast.metrics.ranking`. Every result is the
+    same, up to rounding, whatever other metrics and cut-offs are asked for.
 
     Args:
         preds: scores, float32/64, bfloat16 or float16, any strides; higher is better, whatever the sign. Shape
