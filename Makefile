@@ -65,7 +65,7 @@ dist: setup
 	$(BIN)/twine check --strict dist/*
 
 # What reads and writes memory, at odd sizes and strides; not what is about Python alone.
-SANITIZED := (test_ops or test_metric_ops or strides or layout or sizes or any_size) \
+SANITIZED := (test_ops or test_metric_ops or strides or layout or sizes or any_size or any_spread or cut_off_is_0) \
 	and not opcheck and not compile and not samples_reach and not memory
 SANITIZE := $(BIN)/python tests/sanitizers.py address,undefined -m pytest -q -n auto --kernel native --capture=sys
 

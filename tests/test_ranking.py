@@ -413,8 +413,8 @@ def test_huge_rows(form, target_dtype, device, recorded):
     torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
 
 
-def test_r_precision_alone_where_many_are_judged_and_none_is_relevant(device):
-    """It is the only metric whose cut-off can be 0."""
+def test_r_precision_alone_where_its_cut_off_is_0(device):
+    """No other metric has one: there is nothing to select, though many documents are judged."""
     g = torch.Generator().manual_seed(5)
     preds = torch.randn(3, 3000, generator=g).to(device)
     target = (torch.rand(3, 3000, generator=g) < 0.1).to(device)
