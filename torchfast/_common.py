@@ -32,11 +32,6 @@ def check_factor(name: str, factor: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor of a floating dtype, got {given}")
 
 
-def check_shape(name: str, x: Tensor, first: str, other: Tensor) -> None:
-    if x.shape != other.shape:
-        raise ValueError(f"{name}'s shape must be {first}' shape {tuple(other.shape)}, got {tuple(x.shape)}")
-
-
 def check_device(name: str, tensor: Tensor, first: str, input: Tensor) -> None:
     if tensor.device != input.device:
         raise ValueError(f"{name} must be on {first}'s device {input.device}, got {tensor.device}")

@@ -1132,7 +1132,10 @@ class Ranker {
     }
     const Element* sorted = radix_sort(elements_.get(), elements_.get() + n, n, parts, digits_);
     untied = is_untied(sorted, n);
-    untied ? put_in_order(sorted, n) : add_groups(sorted, n);
+    if (untied)
+      put_in_order(sorted, n);
+    else
+      add_groups(sorted, n);
     return numbers;
   }
 

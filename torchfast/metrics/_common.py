@@ -45,6 +45,11 @@ def check_choice(name: str, given: object, allowed: Collection[str]) -> None:
     check(name, given in tuple(allowed), given, listed(allowed))  # which need not be hashable
 
 
+def check_shape(name: str, x: Tensor, preds: Tensor) -> None:
+    if x.shape != preds.shape:  # the texts take longer than the comparison
+        check(f"{name}'s shape", False, tuple(x.shape), f"preds' shape {tuple(preds.shape)}")
+
+
 def check_no_gradient(what: str, x: Tensor) -> None:
     """Transforms would get zeros, or lose tangents without a word."""
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None

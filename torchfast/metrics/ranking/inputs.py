@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchfast._common import check, check_device, check_logits_dtype, check_shape, readable
-from torchfast.metrics._common import check_no_gradient
+from torchfast._common import check, check_device, check_logits_dtype, readable
+from torchfast.metrics._common import check_no_gradient, check_shape
 from torchfast.metrics.ranking.group import group_by_query
 from torchfast.metrics.ranking.options import Options
 from torchfast.metrics.ranking.reference import (
@@ -101,8 +101,7 @@ def check_inputs(
     preds = _without_graph(preds)
     boundaries = ("offsets", offsets), ("indexes", indexes), ("lengths", lengths)
     given = [name for name, x in boundaries if x is not None]
-    if len(given) > 1:
-        check("query boundaries", False, " and ".join(given), "said one way: by offsets, indexes or lengths")
+    check("query boundaries", len(given) <= 1, " and ".join(given), "said one way: by offsets, indexes or lengths")
     if preds.is_nested or target.is_nested:
         given += ["mask"] * (mask is not None)
         check("preds and target", preds.is_nested and target.is_nested, "one of them", "nested both or neither")
@@ -113,13 +112,13 @@ def check_inputs(
             same = torch.equal(offsets, of_target)
         if not same:
             raise ValueError("target must be nested with the lengths of preds, got others")
-    check_shape("target", target, "preds", preds)
+    check_shape("target", target, preds)
     check_device("target", target, "preds", preds)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             given_type = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a bool tensor, True for documents and False for padding, got {given_type}")
-        check_shape("mask", mask, "preds", preds)
+        check_shape("mask", mask, preds)
         check("mask", lengths is None, "both", "left out where lengths are given")
         check_device("mask", mask, "preds", preds)
     if indexes is not None:

@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import LOGITS_DTYPES, check, check_device, check_factor, check_shape, readable
+from torchfast._common import LOGITS_DTYPES, check, check_device, check_factor, readable
 from torchfast._register import Sample, register_metric
-from torchfast.metrics._common import check_choice, check_kind, check_no_gradient, digest, names_of, value_dtype
+from torchfast.metrics._common import (
+    check_choice,
+    check_kind,
+    check_no_gradient,
+    check_shape,
+    digest,
+    names_of,
+    value_dtype,
+)
 
 KINDS = ("mae", "mse", "rmse", "r2")
 MULTIOUTPUTS = ("uniform_average", "raw_values", "variance_weighted")
@@ -127,7 +135,7 @@ def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight
             raise TypeError(f"{name} must be a tensor of floats or integers, got {x.dtype}")
         check_no_gradient("metrics", x)
     check("preds' shape", preds.dim() in (1, 2), tuple(preds.shape), "(N,) or (N, outputs)")
-    check_shape("target", target, "preds", preds)
+    check_shape("target", target, preds)
     check_device("target", target, "preds", preds)
     preds, target = preds.detach(), target.detach()
     if sample_weight is not None:
