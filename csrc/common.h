@@ -1,21 +1,16 @@
-// What every op's native code shares: the choice of instruction set, positions of a tensor that are
-// walked together, fresh memory.
+// What every op's native code shares: positions of a tensor that are walked together, outputs, fresh memory.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
 #include <optional>
-#include <string>
 #include <vector>
+
+#include "isa.h"
+#include "torch/compat.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -30,28 +25,6 @@ namespace torchfast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-enum class Isa { baseline, avx2, avx512 };
-
-// The widest instruction set of this machine that foreach_isa.h compiles for; TORCHFAST_ISA in the
-// environment asks for less.
-inline Isa isa() {
-  static const Isa best = [] {
-    const char* asked = std::getenv("TORCHFAST_ISA");
-    std::string limit = asked ? asked : "avx512";
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
-    if (avx512 && limit == "avx512") return Isa::avx512;
-    if (avx2 && limit != "baseline") return Isa::avx2;
-#endif
-    return Isa::baseline;
-  }();
-  return best;
-}
 
 constexpr int64_t kGrainElements = 32768;  // less than this is not worth waking a thread
 

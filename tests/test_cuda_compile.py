@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import pytest
 
-import torchfast
 from torchfast import _native
+from torchfast.info import report
 
-if _native.unavailable_reason is not None or not torchfast._C.build_info()["cuda_archs"]:
+BUILD = report()["build"]
+ARCHS = re.findall(r"\bsm_\d+", BUILD["cuda_archs"]) if isinstance(BUILD, dict) else []
+if not ARCHS:
     pytest.skip("this build has no CUDA code", allow_module_level=True)
 
-ARCHS = [arch for arch in torchfast._C.build_info()["cuda_archs"].split() if arch.startswith("sm_")]
 READING = ("find_in_slice", "locate_in_slice")
 PLAN = {"rank_short": 128, "rank_long": 128, "evaluate_slot": 128, "sort_slot": 64} | dict.fromkeys(READING, 64)
 KERNELS = {"check_boundaries", *PLAN}
@@ -72,7 +73,7 @@ def kernels_of(binary: str | Path, arch: str) -> list[Kernel]:
 
 @pytest.fixture(scope="module", params=ARCHS)
 def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
-    found = [k for k in kernels_of(torchfast._C.__file__, request.param) if "ranking" in k.name]
+    found = [k for k in kernels_of(str(_native.LIBRARY), request.param) if "ranking" in k.name]
     for name in KERNELS:
         types = 1 if name in ("find_in_slice", "check_boundaries") else 3  # scores of 2, 4 and 8 bytes
         assert sum(name in k.name for k in found) == types, name

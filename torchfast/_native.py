@@ -1,6 +1,10 @@
-"""Loads the compiled extension ``torchfast._C`` and keeps the reason when it cannot."""
+"""Loads the compiled kernels ``torchfast/_kernels.so`` and keeps the reason when it cannot."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+import torch
 
 from torchfast._env import flag
 
@@ -8,18 +12,19 @@ _HOW_TO_BUILD = (
     "in torchfast's sources, with torch and a C++ compiler: pip install --no-build-isolation --no-cache-dir ."
 )
 
+#: Where the kernels are; they know no Python, so that the name has none in it.
+LIBRARY = Path(__file__).with_name("_kernels.so")
+
 
 def _load() -> str | None:
     if flag("TORCHFAST_DISABLE_NATIVE"):
         return "disabled by TORCHFAST_DISABLE_NATIVE"
+    if not LIBRARY.exists():
+        return f"this installation has no compiled kernels; {_HOW_TO_BUILD}"
     try:
-        import torchfast._C  # noqa: F401  (importing registers the native kernels)
-    except ModuleNotFoundError as error:
-        if error.name != "torchfast._C":
-            raise
-        return f"this installation has no compiled extension; {_HOW_TO_BUILD}"
-    except ImportError as error:
-        return f"the compiled extension cannot be loaded: {error}"
+        torch.ops.load_library(LIBRARY)  # which registers them
+    except OSError as error:
+        return f"the compiled kernels cannot be loaded: {error}"
     return None
 
 

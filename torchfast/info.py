@@ -34,6 +34,15 @@ def _kernel(op: str, key: str) -> str:
     return "native" if op in metrics or (key == "CPU" and not _triton.interpreted()) else "triton"
 
 
+def _build() -> Any:
+    """What was built; of the kernels that serve here, the reason why it cannot be said."""
+    try:
+        from torchfast import _C
+    except ImportError:
+        return f"torchfast._C, which says it, is not built for Python {platform.python_version()}; no kernel needs it"
+    return _C.build_info()
+
+
 def report() -> dict[str, Any]:
     """The report as a dictionary of plain values.
 
@@ -47,8 +56,8 @@ def report() -> dict[str, Any]:
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     if _guard(torch.cuda.is_available) is True:
         devices["cuda"] = _guard(torch.cuda.get_device_name)
-        if native and hasattr(torchfast._C, "cuda_probe"):
-            devices["cuda code"] = _guard(lambda: f"sm_{torchfast._C.cuda_probe(0)} runs")
+        if native and hasattr(torch.ops.torchfast, "cuda_probe"):
+            devices["cuda code"] = _guard(lambda: f"sm_{torch.ops.torchfast.cuda_probe(0)} runs")
     else:
         missing["cuda"] = "torch sees no CUDA device"
     return {
@@ -57,7 +66,7 @@ def report() -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "build": _guard(torchfast._C.build_info) if native else None,
+        "build": _guard(_build) if native else None,
         "devices": devices,
         "kernels": {
             op: {key.lower(): _kernel(op, key) for key in ("CPU", "CUDA", "XPU")} for op in (*registry, *metrics)

@@ -8,7 +8,7 @@
 #ifndef TORCHFAST_EMULATED
 #include <torch/csrc/stable/accelerator.h>
 
-#include "symbols.h"
+#include "../symbols.h"
 #endif
 
 namespace torchfast::ranking {
