@@ -60,8 +60,8 @@ def check_packaging_tools() -> None:
         raise SystemExit(
             f"torchfast: setuptools {found} is too old, {oldest} or newer is needed: pip install 'setuptools>={oldest}'"
         )
-    # Newer ones make wheels themselves.
-    if version_of(found) < (70, 1) and "bdist_wheel" in sys.argv:
+    # Newer ones make wheels themselves; pip asks first for a wheel's metadata.
+    if version_of(found) < (70, 1) and {"bdist_wheel", "dist_info"} & set(sys.argv):
         try:
             import wheel  # noqa: F401
         except ImportError:
