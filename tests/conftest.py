@@ -16,6 +16,9 @@ more, they take of the combinations only so many that any values of any two para
 
 import itertools
 import os
+import platform
+import sys
+from pathlib import Path
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its cache does not see a changed op schema
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core to the other test processes
@@ -81,11 +84,36 @@ def pytest_sessionstart(session):
             raise pytest.UsageError(
                 f"--kernel {wanted}, but the CPU's {what} are served by {served_by('cpu', metrics)}"
             )
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")  # not in xdist's workers
+    if terminal and not terminal.showheader:  # with -q, as in the Makefile, pytest has none
+        for line in pytest_report_header(session.config):
+            terminal.write_line(line)
+
+
+def processor():
+    """The CPU, and what of it the environment leaves to torchfast, torch and oneDNN: roundings depend on it."""
+    import torchfast
+
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    native = torchfast._native.unavailable_reason is None
+    half = [dtype for dtype in ("bf16", "fp16") if getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")()]
+    return {
+        "CPU": name,
+        "threads": torch.get_num_threads(),
+        "torchfast": torchfast._C.build_info()["simd"] if native else "no native kernels",
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "oneDNN at most": os.environ.get("ONEDNN_MAX_CPU_ISA", "what there is"),
+        "native products": " and ".join(half) or "none in half precision",
+    }
 
 
 def pytest_report_header(config):
     kernels = (f"{device} {served_by(device)}, metrics {served_by(device, True)}" for device in devices(config))
-    return f"kernels: {'; '.join(kernels)}"
+    features = (f"{what}: {value}" for what, value in processor().items())
+    return [f"kernels: {'; '.join(kernels)}", "; ".join(features)]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,0 +1,36 @@
+"""What a run of the tests says at its head."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchfast
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("quiet", [[], ["-q"]], ids=["", "quiet"])
+def test_a_run_says_what_cpu_it_used(quiet):
+    """Of another process, whose oneDNN may do less."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        *quiet,
+        "tests/test_conftest.py",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    head = next(line for line in said.splitlines() if line.startswith("CPU: "))
+    assert said.index("kernels: cpu ") < said.index(head)
+    native = torchfast._native.unavailable_reason is None
+    simd = torchfast._C.build_info()["simd"] if native else "no native kernels"
+    assert f"torchfast: {simd}; torch: {torch.backends.cpu.get_cpu_capability()}; oneDNN at most: SSE41" in head
+    assert head.endswith("native products: none in half precision")
