@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+NAMES = ("chromium", "google-chrome")
 OPTIONS = (
     "--headless",
     "--remote-debugging-pipe",
