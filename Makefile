@@ -13,7 +13,7 @@ setup: .venv/dev .venv/built
 
 .venv/demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	TORCHFAST_BUILD=0 $(BIN)/python -m pip install --quiet --editable ".[demo]"
+	TORCHFAST_BUILD=0 $(BIN)/python -m pip install --quiet --no-compile --editable ".[demo]"
 	touch $@
 
 .venv/built: .venv/demo $(SOURCES)
