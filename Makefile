@@ -1,6 +1,6 @@
-# make demo | test | bench | docs | dist | sanitize | lint | types | clean. Each first does `make setup`,
-# which creates .venv, installs the pinned development environment and builds the extension; it does nothing when
-# up to date.
+# make demo | test | bench | docs | dist | sanitize | lint | types | clean. `make demo` first creates .venv, installs the
+# few pinned packages that it runs with, and builds the extension. All others first do `make setup`, which does the same
+# and installs the rest of the pinned development environment. What is up to date is not done again.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
@@ -9,18 +9,22 @@ CPP_CODE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .PHONY: setup demo test lint types bench docs dist sanitize clean
 
-setup: .venv/built
+setup: .venv/dev .venv/built
 
-.venv/installed: pyproject.toml
+.venv/demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	TORCHFAST_BUILD=0 $(BIN)/python -m pip install --quiet --editable ".[dev]"
+	TORCHFAST_BUILD=0 $(BIN)/python -m pip install --quiet --no-compile --editable ".[demo]"
 	touch $@
 
-.venv/built: .venv/installed $(SOURCES)
+.venv/built: .venv/demo $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-demo: setup
+.venv/dev: .venv/demo
+	TORCHFAST_BUILD=0 $(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: .venv/built
 	$(BIN)/python examples/train_digits.py
 	$(BIN)/python examples/retrieve_digits.py
 
@@ -52,7 +56,7 @@ bench: setup
 	$(BIN)/python benchmarks/readme.py
 
 docs: setup
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The wheel is built from the source distribution, and tagged with the oldest Linux that it runs on.
 dist: setup

@@ -32,8 +32,8 @@ import torch
 import triton
 import triton.testing
 from cases import FLOORS, PEER_TOLERANCE, TOLERANCE, Case, Inputs, Step, Truth, failure, private, timings
+from overview import overview
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -255,20 +255,14 @@ def machine(args: argparse.Namespace) -> Iterator[Gpu]:
 
 
 def report(console: Console, results: list[tuple[Case, list[dict[str, Any]]]]) -> None:
-    table = Table(title="medians; peers: how many times slower than torchfast", title_justify="left")
-    table.add_column("case", no_wrap=True)
-    for heading in "fwd ms", "fwd+bwd ms", "GB/s", "copy_ GB/s", "of copy_", *PEERS, "graph ms":
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", min_width=14)
-    notes, family = [], None
+    shown, notes = [], []
     for case, rows in results:
-        if case.family != family:
-            table.add_section()
-        family = case.family
         times = {(r["contender"], r["what"]): float(r["p50_ms"]) for r in rows if "p50_ms" in r}
-        table.add_row(case.label, *figures(case, times))
+        shown.append((case, figures(case, times)))
         notes += [f"{case.label}, {r['contender']}: {r['note']}" for r in rows if r["note"]]
-    console.print(table)
+    console.print("Medians. Peers: how many times slower than torchfast, forward + backward")
+    headings = ("fwd ms\nfwd+bwd ms\ngraph ms", "GB/s\ncopy_ GB/s\nof copy_", "\n".join(PEERS))
+    console.print(overview(headings, shown), soft_wrap=False)
     console.print(f"aim: {AIM:g} of the copy bandwidth for rows of 4k classes and more; must: no peer is faster")
     for note in dict.fromkeys(notes):
         console.print(note, style="red", markup=False)
@@ -281,18 +275,15 @@ def figures(case: Case, times: dict[tuple[str, str], float]) -> list[str]:
     ours, copy = times.get(("torchfast", "fwd+bwd")), times["copy_", "floor"]
     nbytes = math.prod(case.shape) * case.dtype.itemsize
     copied = MOVED["floor"] * nbytes / copy / 1e6
-    graph = text(times.get(("torchfast", "graph")))
-    if ours is None:
-        return ["-", "-", "-", text(copied), "-", *"-" * len(PEERS), graph, "[red]not timed"]
-    achieved = case.moved / ours / 1e6
-    ratios = {peer: times[peer, "fwd+bwd"] / ours for peer in PEERS if (peer, "fwd+bwd") in times}
-    return [
-        *(text(time) for time in (times.get(("torchfast", "fwd")), ours, achieved, copied)),
-        f"{achieved / copied:.2f}",
-        *(text(ratios.get(peer), "x") for peer in PEERS),
-        graph,
-        verdict(case, achieved / copied, ratios),
-    ]
+    achieved = ours and case.moved / ours / 1e6
+    ratios = {peer: times[peer, "fwd+bwd"] / ours for peer in PEERS if ours and (peer, "fwd+bwd") in times}
+    of_copy = achieved and achieved / copied
+    cells = (
+        [text(times.get(("torchfast", "fwd"))), text(ours), text(times.get(("torchfast", "graph")))],
+        [text(achieved), text(copied), f"{of_copy:.2f}" if of_copy else "-"],
+        [text(ratios.get(peer), "x") for peer in PEERS],
+    )
+    return [*map("\n".join, cells), verdict(case, of_copy, ratios) if of_copy else "[red]not timed"]
 
 
 def verdict(case: Case, of_copy: float, ratios: dict[str, float]) -> str:

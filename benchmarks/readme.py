@@ -1,4 +1,4 @@
-"""Writes the README's table of figures: the newest run in a benchmark CSV, between the two <!-- figures --> marks.
+"""Writes the README's table of figures, which the site's home page includes: the newest run in a benchmark CSV.
 
 python benchmarks/readme.py --csv benchmarks/results/cpu.csv
 """
@@ -14,6 +14,7 @@ from cases import FLOORS
 from plot import HERE, Row, newest_run, origin, short, time_text
 
 README = HERE.parent / "README.md"
+START, END = (f"<!-- --8<-- [{edge}:figures] -->\n" for edge in ("start", "end"))  # marks of pymdownx.snippets
 CASES = (
     ("cross entropy", "large/CE/16384x1000/fp32"),
     ("label smoothing", "large/CE+LS/2048x32000/fp32"),
@@ -85,10 +86,10 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 def written(readme: str, rows: list[Row]) -> str:
     """The text with the table in its place."""
-    block = "<!-- figures -->\n" + "\n".join(table(rows)) + "\n<!-- figures -->"
-    text, count = re.subn("<!-- figures -->.*<!-- figures -->", lambda _: block, readme, flags=re.DOTALL)
+    block = "".join((START, *(f"{line}\n" for line in table(rows)), END))
+    text, count = re.subn(f"{re.escape(START)}.*{re.escape(END)}", lambda _: block, readme, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit("README.md must have one pair of <!-- figures --> marks")
+        raise SystemExit(f"README.md must have {START.strip()} and {END.strip()} once, in lines of their own")
     return text
 
 

@@ -53,9 +53,9 @@ from cases import (
 )
 from classification import classification_cases
 from linear import linear_cases
+from overview import overview
 from ranking import ranking_cases
 from rich.console import Console
-from rich.table import Table
 
 import torchfast
 from torchfast import _native, _triton
@@ -324,13 +324,8 @@ def verdict(aims: Aims, ratios: Aims) -> str:
 
 
 def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
-    title = "forward + backward; medians; eager and compile: how many times slower; clone and read: our time / theirs"
-    table = Table(title=title, title_justify="left")
-    table.add_column("case", no_wrap=True)
-    for heading in "ms", "fwd ms", "eager", "compile", "clone", "read", "memory", "eager's", "aims":
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", min_width=14)
-    notes, others, family = [], [], None
+    shown: list[tuple[Case, list[str]]] = []
+    notes, others = [], []
     curves: dict[str, list[tuple[int, float]]] = {}
     for case, rows in results:
         times = {name: median(rows, name) for name in CONTENDERS}
@@ -347,20 +342,21 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
             ]
         if ours and case.family == "scaling":
             curves.setdefault(case.name, []).append((math.prod(case.shape), ours))
-        if case.family != family:
-            table.add_section()
-        family = case.family
-        table.add_row(
-            case.label,
-            *(f"{t:.4g}" if t else "-" for t in (ours, median(rows, "torchfast", "fwd"))),
-            *(f"{r:.3g}x" if r else "-" for r in ratios),
-            *(memory(rows, name, case) for name in ("torchfast", "eager")),
-            " / ".join(f"{aim:g}" if aim else "-" for aim in case.aims),
-            verdict(case.aims, ratios) if ours else "[red]not timed",
+        compared = [f"{r:.3g}x" if r else "-" for r in ratios]
+        aims = [f"{aim:g}" if aim else "-" for aim in case.aims]
+        cells = (
+            [f"{t:.4g}" if t else "-" for t in (ours, median(rows, "torchfast", "fwd"))],
+            compared[:2],
+            compared[2:],
+            [memory(rows, name, case) for name in ("torchfast", "eager")],
+            [" / ".join(aims[:2]), " / ".join(aims[2:])],
         )
+        shown.append((case, [*map("\n".join, cells), verdict(case.aims, ratios) if ours else "[red]not timed"]))
         notes += [f"{case.label}, {r['contender']}: {r['note']}" for r in rows if r["note"]]
-    console.print(table)
-    console.print("aims: at least / at least / at most / at most, of these ratios; half: half of the aim is reached")
+    console.print("Forward + backward: medians. eager, compile: how many times slower; clone, read: our time / theirs")
+    headings = ("ms\nfwd ms", "eager\ncompile", "clone\nread", "memory\neager's", "aims")
+    console.print(overview(headings, shown), soft_wrap=False)
+    console.print("aims: at least of eager / compile; at most of clone / read; half: half of the aim is reached")
     console.print("memory: extra at the peak until the loss > until the gradient, in sizes of the logits")
     for name, curve in curves.items():
         steps = (f"{n:,}: x{after / before:.2f}" for (n, before), (_, after) in itertools.pairwise(curve))
@@ -436,7 +432,7 @@ def run(chosen: list[Case], args: argparse.Namespace, machine: Cpu | Gpu, show: 
         check_csv(args.csv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    console = Console() if os.isatty(1) else Console(width=190)
+    console = Console(soft_wrap=True)
     origin = provenance(machine)
     console.print(", ".join(f"{key} {value}" for key, value in origin.items()), highlight=False)
     if args.device == "cpu" and float(origin["load"] or 0) > 0.5:

@@ -89,6 +89,26 @@ def test_every_figure_of_the_readme_is_a_row_of_the_results():
     assert done.stdout == "True\n", done.stdout + done.stderr
 
 
+EIGHTY = """
+import run
+from rich.console import Console
+def rows(case):
+    for name in (*case.contenders, "torch.compile", "clone", "read"):
+        for what in run.timings(name):
+            yield {"contender": name, "what": what, "p50_ms": 1234.5678, "peak_bytes": 12 * case.elements, "note": ""}
+console = Console(width=80, soft_wrap=True)
+run.report(console, [(case, list(rows(case))) for case in run.cpu_cases()])
+"""
+
+
+def test_no_figure_of_the_report_is_cut_off_in_80_columns():
+    done = run(code=EIGHTY)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[: done.stdout.index("aims: at least")]
+    assert max(map(len, table.splitlines()[1:])) <= 80 and "…" not in table
+    assert table.count("1235") == 2 * int(run(code="import run; print(len(run.cpu_cases()))").stdout)
+
+
 @needs_triton
 def test_a_dry_run_knows_every_case_and_what_it_moves(gpu_cases, launches, csv):
     assert list(launches) == gpu_cases

@@ -1,4 +1,7 @@
-"""Every public symbol is documented and on an API page; every example of the documentation runs; its links resolve."""
+"""Every public symbol is documented and on an API page; every example of the documentation runs; its links resolve.
+
+The site that is made of it is looked at in test_site.py.
+"""
 
 from __future__ import annotations
 
@@ -182,7 +185,7 @@ def test_the_examples_of_a_page_run(page, registries):
         elif language == "pycon":
             test = doctest.DocTestParser().get_doctest(text, namespace, page.name, str(page), line)
             report = []
-            doctest.DocTestRunner().run(test, out=report.append, clear_globs=False)
+            doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append, clear_globs=False)
             assert not report, "".join(report)
             namespace = test.globs
 
@@ -230,17 +233,3 @@ def test_guides_have_examples():
 def test_files_that_are_linked_to_exist(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
     assert not [link for link in links if not (ROOT / link).exists()]
-
-
-def test_the_site_builds_without_a_warning(tmp_path):
-    """Warned of: a page that is not in the navigation, a link or an anchor that leads nowhere, an unknown symbol."""
-    pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    unresolved = [
-        page.relative_to(tmp_path)
-        for page in tmp_path.rglob("*.html")
-        if re.search(r":(func|class|mod):", page.read_text())
-    ]
-    assert not unresolved

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SCORES = ("accuracy", "macro-F1", "tail's F1")
 
 
 @pytest.fixture
@@ -78,8 +80,26 @@ def with_transformers(main, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")))
-def test_what_an_example_trains_has_learned(name, main, tmp_path):
+def test_what_an_example_trains_has_learned(name, main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     globals()[Path(name).stem](main, tmp_path)
+    assert "…" not in capsys.readouterr().out, "something is cut off in 80 columns"
+
+
+@pytest.mark.parametrize("name", ["train_digits.py"])
+def test_no_score_of_several_seeds_is_cut_off_in_80_columns(name, main):
+    of = main.__globals__
+    score = {"cross entropy": (79.9, 100.0)}  # +-14.2; the others', and their gains, have as many digits
+    runs = [
+        of["Run"](recipe, loss, seed, [], dict.fromkeys(SCORES, score.get(loss, (90.1, 70.0))[seed]))
+        for recipe, loss, seed in itertools.product(of["RECIPES"], of["LOSSES"], (0, 1))
+    ]
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(of["score_table"](runs))
+    printed = captured.get()
+    assert "…" not in printed
+    assert printed.count("90.0 ± 14.2") == 3 * len(SCORES) and printed.count("-9.9 ± 28.4") == 3 * 3
 
 
 @pytest.mark.parametrize("name", ["recipes/with_transformers.py"])
