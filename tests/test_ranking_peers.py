@@ -335,7 +335,7 @@ def test_xgboost_map(ties):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ("ndcg", "map", "precision"))
 def test_xgboost_of_groups_of_any_size(kind, seed):
-    """Also of groups shorter than k, and of those without a relevant document: ndcg and map are 1 there, precision 0."""
+    """Also of groups shorter than k, and without a relevant document: there ndcg and map are 1, precision 0."""
     g = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, 12, (30,), generator=g)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
