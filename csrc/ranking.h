@@ -20,10 +20,11 @@ enum Kind : int64_t { ndcg, dcg, mrr, map, precision, recall, hit_rate, r_precis
 enum Ties : int64_t { average, stable, optimistic, pessimistic };
 enum Gain : int64_t { linear, exponential, table };
 enum MapDenominator : int64_t { all_relevant, at_most_k, hits };
+enum PrecisionDenominator : int64_t { always_k, at_most_documents };
 enum Nan : int64_t { propagate, last };
 
 struct Options {
-  int64_t ties, gain, map_denominator, nan;
+  int64_t ties, gain, map_denominator, precision_denominator, nan;
   double threshold;     // relevant from here on; 0: above 0
   const double* gains;  // of gain = table
   int64_t gains_size;
@@ -179,15 +180,17 @@ TORCHFAST_FORMULA int64_t cut_of(int64_t kind, int64_t k, const Query& query) {
 }
 
 // The metric's value from the sum of its contributions; but for map over hits, where the cut-off parts
-// a group. `ideal` is the best dcg@k.
+// a group. `ideal` is the best dcg@k; where it overflows, ndcg is NaN.
 TORCHFAST_FORMULA double value_of(int64_t kind, int64_t k, double sum, double ideal, const Query& query,
                                   const Options& o) {
   double divisor = double(query.n_rel);
-  if (kind == ndcg) divisor = ideal;
+  if (kind == ndcg) divisor = ideal < INFINITY ? ideal : NAN;
   if (kind == dcg || kind == mrr || kind == hit_rate) return sum;
   if (kind == precision) divisor = double(k > 0 ? k : query.documents);
+  if (kind == precision && o.precision_denominator == at_most_documents)
+    divisor = fmin(divisor, double(query.documents));
   if (kind == map && o.map_denominator == at_most_k && k > 0) divisor = fmin(divisor, double(k));
-  return divisor > 0 ? sum / divisor : 0.0;
+  return divisor <= 0 ? 0.0 : sum / divisor;
 }
 
 }  // namespace torchfast::ranking

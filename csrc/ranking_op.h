@@ -56,20 +56,24 @@ inline void check(const Arguments& a) {
 
 // The op; evaluate(arguments, values, empty) fills [metrics, Q] and [2, Q].
 template <void (*evaluate)(const Arguments&, double*, bool*)>
-std::tuple<Tensor, Tensor> ranking_metrics(Tensor preds, Tensor target, std::optional<Tensor> offsets,
-                                           std::optional<Tensor> mask, std::optional<Tensor> lengths,
-                                           std::optional<Tensor> num_relevant,
-                                           std::optional<Tensor> unretrieved,
-                                           std::optional<Tensor> unretrieved_offsets,
-                                           std::optional<Tensor> gain_table, std::vector<int64_t> kinds,
-                                           std::vector<int64_t> ks, int64_t ties, int64_t gain,
-                                           int64_t map_denominator, int64_t nan, double relevance_threshold) {
-  Arguments a{preds,         target,
-              offsets,       mask,
-              lengths,       num_relevant,
-              unretrieved,   unretrieved_offsets,
-              gain_table,    std::move(kinds),
-              std::move(ks), {ties, gain, map_denominator, nan, relevance_threshold, nullptr, 0}};
+std::tuple<Tensor, Tensor> ranking_metrics(
+    Tensor preds, Tensor target, std::optional<Tensor> offsets, std::optional<Tensor> mask,
+    std::optional<Tensor> lengths, std::optional<Tensor> num_relevant, std::optional<Tensor> unretrieved,
+    std::optional<Tensor> unretrieved_offsets, std::optional<Tensor> gain_table, std::vector<int64_t> kinds,
+    std::vector<int64_t> ks, int64_t ties, int64_t gain, int64_t map_denominator,
+    int64_t precision_denominator, int64_t nan, double relevance_threshold) {
+  Arguments a{preds,
+              target,
+              offsets,
+              mask,
+              lengths,
+              num_relevant,
+              unretrieved,
+              unretrieved_offsets,
+              gain_table,
+              std::move(kinds),
+              std::move(ks),
+              {ties, gain, map_denominator, precision_denominator, nan, relevance_threshold, nullptr, 0}};
   check(a);
   if (gain_table) {
     a.gain_table = as_contiguous(*gain_table, ScalarType::Double);

@@ -80,6 +80,7 @@ def oracle(
     gain: str | Sequence[float] = "linear",
     threshold: float | None = None,
     map_denominator: str = "n_rel",
+    precision_denominator: str = "k",
     nan: str = "propagate",
     unretrieved: Sequence[float] = (),
     num_relevant: int | None = None,
@@ -146,7 +147,8 @@ def oracle(
     if kind == "hit_rate":
         return float(sum(p for h, (p, _, _) in states.items() if h))
     if kind == "precision":
-        return float(hits / (k or len(scores))) if k or scores else 0.0
+        divisor = min(k or len(scores), len(scores)) if precision_denominator == "min(k,docs)" else k or len(scores)
+        return float(hits / divisor) if divisor else 0.0
     if kind in ("recall", "r_precision"):
         return float(hits / n_rel)
     if map_denominator == "hits":

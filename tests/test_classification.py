@@ -461,8 +461,8 @@ def test_wrong_values_of_multiclass(names, device):
         classification_metrics(x, -y, names, ignore_index=-100)
     with pytest.raises(IndexError, match="target a number that is no integer is out of range"):
         classification_metrics(x, y + 0.5, names)
-    for weight in -1.0, NAN:
-        with pytest.raises(ValueError, match="sample_weight must be >= 0"):
+    for weight in -1.0, NAN, torch.inf:
+        with pytest.raises(ValueError, match="sample_weight must be finite and >= 0"):
             classification_metrics(x, y, names, sample_weight=torch.tensor([1.0, weight], device=device))
 
 
@@ -526,6 +526,7 @@ def test_without_checks_what_is_wrong_makes_every_value_nan(device, monkeypatch)
         (x, y - 1, {}),
         (x.masked_fill(x == 0.5, NAN), y, {}),
         (x, y, {"sample_weight": torch.tensor([1.0, -1.0], device=device)}),
+        (x, y, {"sample_weight": torch.tensor([1.0, torch.inf], device=device)}),
         (3 * x, y, {}),
     ]
     for preds, target, options in wrong:

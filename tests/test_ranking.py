@@ -150,6 +150,7 @@ options = st.fixed_dictionaries(
         "gain": st.sampled_from(("linear", "exp", (0.0, 1.0, 1.5, 4.0), (0.5, 0.5, 2.0, 7.0))),
         "relevance_threshold": st.sampled_from((None, 1.0, 2.0)),
         "map_denominator": st.sampled_from(DENOMINATORS),
+        "precision_denominator": st.sampled_from(("k", "min(k,docs)")),
         "nan": st.sampled_from(("propagate", "last")),
     }
 )
@@ -519,6 +520,37 @@ def test_ndcg_is_defined_by_gains_where_no_document_is_relevant(device):
     assert found["ndcg"] == 1.0 and math.isnan(found["mrr"])
 
 
+def test_gains_that_overflow_are_an_error(device, monkeypatch):
+    """Also where the cut-off leaves those documents out: the best order has them."""
+    monkeypatch.setenv("TORCHFAST_CHECK", "1")
+    preds, y = torch.tensor([[1.0, 0.0]] * 2, device=device), torch.tensor([[0, 1], [1, 2000]], device=device)
+    too_much = r"target must have gains whose sum in a query is at most 1.8e\+308"
+    below = r" \(with gain='exp' they are 2\^target - 1, so targets below 1024\), got 2000 in query 1"
+    for name in "ndcg", "ndcg@1", "dcg", "ndcg@2":
+        with pytest.raises(ValueError, match=too_much + below):
+            ranking_metrics(preds, y, ["mrr", name], gain="exp")
+    with pytest.raises(ValueError, match=too_much + ", got 1.5e\\+308 in query 1"):
+        ranking_metrics(preds, torch.tensor([[0, 1], [1.5e308, 1.5e308]], dtype=torch.float64, device=device), "ndcg")
+    with pytest.raises(ValueError, match="unretrieved must have gains .* got 1500 in query 0"):
+        ranking_metrics(preds[:1], y[:1], "ndcg", gain="exp", unretrieved=y[:1] * 1500)
+    assert ranking_metrics(preds, y, ["mrr", "recall@1"], gain="exp")  # which do not look at gains
+    most = torch.tensor([[0, 1023]], device=device)
+    assert ranking_metrics(preds[:1], most, "ndcg", gain="exp")["ndcg"] == pytest.approx(1 / math.log2(3))
+
+
+@pytest.mark.parametrize("documents", (2, 40, 3000))
+@pytest.mark.parametrize("ties", TIES)
+def test_ndcg_is_nan_where_gains_overflow(ties, documents, device):
+    """On GPUs, whose targets are not checked; the other queries are as they were."""
+    preds = torch.randint(3, (3, documents), generator=torch.Generator().manual_seed(0)).float().to(device)
+    y = torch.ones(3, documents, dtype=torch.long, device=device)
+    y[1, 0] = 2000
+    options = resolve(("ndcg@1", "ndcg", "recall"), gain="exp", ties=ties)
+    values, _ = registry["ranking_metrics"](preds, y, *[None] * 7, *options.numbers)
+    assert values[:2, 1].isnan().all() and values[2, 1] == 1
+    assert values[:, ::2].flatten().tolist() == pytest.approx([1.0] * 6, **close)
+
+
 def test_documents_that_were_not_retrieved_count_in_the_ideal_and_in_recall(device):
     preds, y = torch.tensor([[2.0, 1.0]], device=device), torch.tensor([[1, 0]], device=device)
     others = torch.tensor([[3, 0, 1]], device=device)
@@ -745,6 +777,7 @@ def test_wrong_metric_names(name, message):
         ({"gain": (0.0, 2.0, 1.0)}, ValueError, "gain must be finite, >= 0 and nowhere decreasing, got"),
         ({"gain": (-1.0, 2.0)}, ValueError, "gain must be finite, >= 0"),
         ({"gain": (0.0, INF)}, ValueError, "gain must be finite, >= 0"),
+        ({"gain": (0.0, NAN)}, ValueError, "gain must be finite, >= 0"),
         ({"gain": ()}, ValueError, r"gain's shape must be \(number of targets,\), got \(0,\)"),
         ({"gain": object()}, TypeError, "gain must be 'linear', 'exp' or one number for each target, got <object"),
         ({"gain": (1.0,)}, ValueError, "target must be below 1, the length of the gain table, got 1 in query 0"),
@@ -761,6 +794,7 @@ def test_wrong_metric_names(name, message):
         ({"nan": "first"}, ValueError, "nan must be 'propagate', 'last' or 'error', got 'first'"),
         ({"empty": "nan"}, ValueError, "empty must be 'zero', 'one', 'skip' or 'error', got 'nan'"),
         ({"map_denominator": "k"}, ValueError, r"map_denominator must be 'n_rel', 'min\(k,n_rel\)' or 'hits', got 'k'"),
+        ({"precision_denominator": "docs"}, ValueError, r"precision_denominator must be 'k' or 'min\(k,docs\)', got"),
         ({"reduction": "sum"}, ValueError, "reduction must be 'mean' or 'none', got 'sum'"),
         ({"preset": "trec"}, ValueError, "preset must be 'trec_eval', 'sklearn', .* got 'trec'"),
         ({"preset": {}}, ValueError, "preset must be 'trec_eval', 'sklearn', .* got {}"),
@@ -807,8 +841,9 @@ def test_wrong_metric_names(name, message):
             "query_weight must be a tensor of a floating dtype, got torch.int",
         ),
         ({"query_weight": torch.ones(2)}, ValueError, r"query_weight's shape must be \(1,\), got \(2,\)"),
-        ({"query_weight": -torch.ones(1)}, ValueError, r"query_weight must be >= 0, got \[-1.0\]"),
-        ({"query_weight": torch.ones(1) * NAN}, ValueError, r"query_weight must be >= 0, got \[nan\]"),
+        ({"query_weight": -torch.ones(1)}, ValueError, r"query_weight must be finite and >= 0, got \[-1.0\]"),
+        ({"query_weight": torch.ones(1) * NAN}, ValueError, r"query_weight must be finite and >= 0, got \[nan\]"),
+        ({"query_weight": torch.ones(1) * INF}, ValueError, r"query_weight must be finite and >= 0, got \[inf\]"),
         (
             {"query_weight": torch.ones(1), "reduction": "none"},
             ValueError,

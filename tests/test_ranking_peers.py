@@ -134,6 +134,14 @@ def test_torchmetrics_of_binary_targets_without_ties(kind, k):
     assert_peer(ranking_metrics(preds, target, name, preset="torchmetrics")[name], expected, name)
 
 
+@pytest.mark.parametrize("k", (3, 40))
+def test_torchmetrics_precision_with_adaptive_k_divides_by_the_documents(k):
+    preds, target = data(False, graded=False)
+    expected = by_torchmetrics("RetrievalPrecision", preds, target, top_k=k, adaptive_k=True)
+    (found,) = ranking_metrics(preds, target, f"precision@{k}", precision_denominator="min(k,docs)").values()
+    assert_peer(found, expected)
+
+
 def test_torchmetrics_r_precision_without_ties():
     preds, target = data(False, graded=False)
     expected = by_torchmetrics("RetrievalRPrecision", preds, target)
@@ -291,18 +299,19 @@ def test_ranx_gives_a_number_for_nan_scores():
 # ---- XGBoost and LightGBM --------------------------------------------------------------------------
 
 
-def by_xgboost(preds, target, names, weight=None):
+def by_xgboost(preds, target, names, weight=None, sizes=None):
     """The metrics of scores that are given: a booster without trees, and the scores as its margin."""
     xgboost = pytest.importorskip("xgboost")
     matrix = xgboost.DMatrix(torch.zeros(preds.numel(), 1).numpy(), label=target.flatten().numpy())
-    matrix.set_group([preds.shape[1]] * len(preds))
+    matrix.set_group([preds.shape[1]] * len(preds) if sizes is None else sizes)
     matrix.set_base_margin(preds.float().flatten().numpy())
     if weight is not None:
         matrix.set_weight(weight.numpy())
     binary = {"lambdarank_pair_method": "topk", "objective": "rank:ndcg" if target.max() > 1 else "rank:map"}
-    booster = xgboost.Booster({**binary, "eval_metric": names, "disable_default_eval_metric": True}, [matrix])
-    text = booster.eval(matrix)
-    return {part.split(":")[0].removeprefix("eval-"): float(part.split(":")[1]) for part in text.split()[1:]}
+    theirs = [name.replace("precision", "pre") for name in names]
+    booster = xgboost.Booster({**binary, "eval_metric": theirs, "disable_default_eval_metric": True}, [matrix])
+    values = [float(part.split(":")[1]) for part in booster.eval(matrix).split()[1:]]
+    return dict(zip(names, values, strict=True))
 
 
 @both_ties
@@ -321,6 +330,26 @@ def test_xgboost_map(ties):
     expected = by_xgboost(preds, target, names)
     for name, value in ranking_metrics(preds, target, names, preset="xgboost").items():
         assert_peer(value, expected[name], name)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ("ndcg", "map", "precision"))
+def test_xgboost_of_groups_of_any_size(kind, seed):
+    """Also of groups shorter than k, and without a relevant document: there ndcg and map are 1, precision 0."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 12, (30,), generator=g)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    total = int(offsets[-1])
+    preds = torch.randint(1, (5, 10**6)[seed % 2], (total,), generator=g).float()
+    grades = torch.randint(1, 5 if kind == "ndcg" else 2, (total,), generator=g)
+    target = grades * (torch.rand(total, generator=g) < torch.rand(30, generator=g).repeat_interleave(sizes))
+    target[: offsets[3]] = 0
+    names = [kind, *(f"{kind}@{k}" for k in (1, 2, 3, 5, 8, 100))]
+    weight = torch.rand(30, generator=g) if kind == "precision" else None  # the others forget some weights: see below
+    expected = by_xgboost(preds, target, names, weight, sizes.tolist())
+    found = ranking_metrics(preds, target, names, preset="xgboost", offsets=offsets, query_weight=weight)
+    for name in names:
+        assert_peer(found[name], expected[name], name)
 
 
 def by_lightgbm(preds, target, metric, weight=None):

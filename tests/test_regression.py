@@ -143,8 +143,8 @@ def test_nan(device, monkeypatch):
     weight = torch.tensor([1.0, 0.0, 1.0], device=device)
     assert mean_absolute_error(wrong, x + 1, sample_weight=weight) == 1  # as if it were not there
     assert mean_absolute_error(x, x + torch.inf) == torch.inf
-    for value in -1.0, NAN:
-        with pytest.raises(ValueError, match="sample_weight must be >= 0"):
+    for value in -1.0, NAN, torch.inf:
+        with pytest.raises(ValueError, match="sample_weight must be finite and >= 0"):
             mean_absolute_error(x, x, sample_weight=torch.where(weight == 0, value, weight))
 
 

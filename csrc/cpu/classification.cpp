@@ -245,7 +245,7 @@ void label_rows(const LabelArguments& a, const T* x, const int64_t* y, const dou
   for (int64_t i = begin; i < end; ++i) {
     double w = weight ? weight[i] : 1;
     if (w == 0) continue;
-    bool weighable = w > 0, counts = false, right = true;
+    bool weighable = w > 0 && w < INFINITY, counts = false, right = true;
     for (int64_t l = 0; l < labels; ++l) {
       int64_t target = y[i * labels + l];
       if (ignores && target == ignored) continue;
@@ -347,7 +347,8 @@ struct ClassSums {
     for (int64_t i = 0; i < n; ++i) {
       double w = weight ? weight[i] : 1;
       if ((a.ignore_index && y[i] == *a.ignore_index) || w == 0) continue;
-      bool off = y[i] < 0 || y[i] >= c, outside = predicted[i] < 0 || predicted[i] >= c, weighable = w > 0;
+      bool off = y[i] < 0 || y[i] >= c, outside = predicted[i] < 0 || predicted[i] >= c;
+      bool weighable = w > 0 && w < INFINITY;
       wrong[kTarget] += off, wrong[ids ? kIds : kNan] += outside, wrong[kWeight] += !weighable;
       if (off || outside || !weighable) continue;
       count(y[i], predicted[i], N(w));
@@ -586,7 +587,7 @@ Area area_of(const AreaArguments& a, int64_t k, const Parts& parts, Buffer<Keyed
       R score = baseline::to_real(x[i * step]);
       double w = weight ? weight[i] : 1;
       Label label = y[i] == one ? kPositive : kNegative;
-      bool mistaken = score != score || y[i] < 0 || y[i] > most || !(w > 0);
+      bool mistaken = score != score || y[i] < 0 || y[i] > most || !(w > 0 && w < INFINITY);
       if (mistaken) {
         bool counts = !(a.ignore_index && y[i] == *a.ignore_index) && w != 0;
         bad |= counts, label = kIgnored;

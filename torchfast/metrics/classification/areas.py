@@ -53,7 +53,7 @@ def membership(
     else:
         off, positive = valid & (y != 0) & (y != 1), y == 1
     if weight is not None:
-        valid, off = valid & (weight != 0), (off & (weight != 0)) | (valid & ~(weight >= 0))
+        valid, off = valid & (weight != 0), (off & (weight != 0)) | (valid & ~((weight >= 0) & (weight < torch.inf)))
     wrong = off | (valid & scores.isnan())
     return positive, valid & ~wrong, wrong
 

@@ -53,7 +53,7 @@ def class_reference(
     else:
         predicted, missing = preds.long(), torch.zeros_like(valid)
         outside = valid & ((predicted < 0) | (predicted >= num_classes))
-    unweighable = torch.zeros_like(valid) if weight is None else valid & ~(weight > 0)
+    unweighable = torch.zeros_like(valid) if weight is None else valid & ~((weight > 0) & (weight < torch.inf))
     good = valid & ~off & ~missing & ~outside & ~unweighable
     w = _weights(good, weight)
     y, predicted = torch.where(good, y, 0), torch.where(good, predicted, 0)
@@ -119,7 +119,7 @@ def label_reference(
     else:
         ids = preds.long()
         predicted, outside = ids == 1, valid & (ids != 0) & (ids != 1)
-    unweighable = none if weight is None else valid & ~(weight > 0)
+    unweighable = none if weight is None else valid & ~((weight > 0) & (weight < torch.inf))
     good = valid & ~off & ~missing & ~outside & ~unweighable & ~improbable
     w = _weights(good, weight)
     positive = y == 1

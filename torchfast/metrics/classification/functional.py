@@ -137,8 +137,8 @@ def classification_metrics(
             it, probabilities outside of 0 to 1 where ``threshold`` is applied, and rows of multiclass that do not
             sum to 1 where areas are asked for, are refused.
         ignore_index: what has this target does not count, whatever is predicted.
-        sample_weight: weight >= 0 of each sample, of a floating dtype, of ``target``'s shape, of multilabel without
-            the label dimension. A sample of weight 0 is as if it were not there.
+        sample_weight: finite weight >= 0 of each sample, of a floating dtype, of ``target``'s shape, of multilabel
+            without the label dimension. A sample of weight 0 is as if it were not there.
         beta: of ``"fbeta"``: the weight of recall.
         zero_division: 0, 1 or NaN: the value of 0 / 0; NaN is left out of averages.
         absent: classes that are neither in the target nor predicted: ``"skip"`` (default), macro leaves them out, as

@@ -196,8 +196,8 @@ def refuse(options: Options, batch: Batch, wrong: Tensor) -> None:
         raise IndexError(f"target {given} is out of range: allowed are 0 to {most}{ignored}")
     if weight is not None and found[WEIGHT] + found[TARGET]:
         of_rows = counted if counted.shape == weight.shape else counted.any(1)
-        bad = weight[of_rows & ~(weight >= 0)]
-        check("sample_weight", len(bad) == 0, bad[:1].tolist(), ">= 0")
+        bad = weight[of_rows & ~((weight >= 0) & (weight < torch.inf))]
+        check("sample_weight", len(bad) == 0, bad[:1].tolist(), "finite and >= 0")
     if found[IDS]:
         ids = preds.long()
         value = int(ids[counted & ((ids < 0) | (ids > most))][0])

@@ -53,14 +53,16 @@ def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) 
     totals = None
     if strict or readable(values):
         totals = values.sum(1)
-        if any(map(math.isnan, totals.tolist())):
+        if not all(map(math.isfinite, totals.tolist())):
             refuse(inputs, options)
     if options.empty == "zero":
         return PerQuery(values, None, totals)
-    undefined = torch.stack([empty[int(by_gain)] for by_gain in options.by_gain])
+    undefined = torch.stack(
+        [torch.zeros_like(empty[0]) if where is None else empty[where] for where in options.undefined]
+    )
     if options.empty == "error" and strict and undefined.any():
         metric, query = undefined.nonzero()[0].tolist()
-        what = "positive gain" if options.by_gain[metric] else "relevant document"
+        what = "positive gain" if options.undefined[metric] else "relevant document"
         raise ValueError(f"query {query} has no {what}, so {options.names[metric]} is undefined (empty='error')")
     if options.empty == "skip":
         return PerQuery(values, undefined)
@@ -72,8 +74,8 @@ def check_weight(weight: Tensor, values: Tensor) -> Tensor:
     check("query_weight's shape", weight.shape == values.shape[1:], tuple(weight.shape), tuple(values.shape[1:]))
     check_device("query_weight", weight, "preds", values)
     if readable(weight):
-        wrong = weight[~(weight >= 0)]
-        check("query_weight", len(wrong) == 0, wrong[:1].tolist(), ">= 0")
+        wrong = weight[~((weight >= 0) & (weight < torch.inf))]
+        check("query_weight", len(wrong) == 0, wrong[:1].tolist(), "finite and >= 0")
     return weight.detach()
 
 
@@ -94,6 +96,7 @@ def ranking_metrics(
     nan: str = "propagate",
     empty: str | None = None,
     map_denominator: str | None = None,
+    precision_denominator: str | None = None,
     query_weight: Tensor | None = None,
     reduction: str = "mean",
     preset: str | None = None,
@@ -128,11 +131,16 @@ def ranking_metrics(
             ``"zero"`` (default), ``"one"``; ``"skip"`` leaves them out of the mean (NaN with ``reduction="none"``);
             ``"error"``.
         map_denominator: ``"n_rel"`` (default), ``"min(k,n_rel)"``, or ``"hits"``, the relevant documents up to k.
-        query_weight: weight >= 0 of each query in the mean, shape ``(queries,)``, of a floating dtype.
+        precision_denominator: ``"k"`` (default), or ``"min(k,docs)"``, with a cut-off no more than the documents that
+            the query has.
+        query_weight: finite weight >= 0 of each query in the mean, shape ``(queries,)``, of a floating dtype.
         reduction: ``"mean"`` over the queries, or ``"none"``: their values.
-        preset: sets ``ties``, ``gain``, ``empty`` and ``map_denominator``, which must then be left out, to what
-            ``"trec_eval"``, ``"sklearn"``, ``"torchmetrics"``, ``"ranx"``, ``"xgboost"`` or ``"lightgbm"`` compute.
-            trec_eval orders tied documents by descending name: so give them to it.
+        preset: sets ``ties``, ``gain``, ``empty``, ``map_denominator`` and ``precision_denominator``, which must then
+            be left out, to what ``"trec_eval"``, ``"sklearn"`` (its ``ndcg_score`` and ``dcg_score``),
+            ``"torchmetrics"``, ``"ranx"``, ``"xgboost"`` or ``"lightgbm"`` compute. trec_eval and ranx count judged
+            documents that were not retrieved, so tell of them by ``unretrieved``; trec_eval takes tied documents by
+            descending name, so give them in that order. scikit-learn's ``average_precision_score`` of tied scores is
+            not the map here but :func:`torchfast.metrics.average_precision_score`.
 
     Returns:
         The value of each metric by its name, in float64: a scalar, or shape ``(queries,)`` with ``"none"``. The mean
@@ -141,7 +149,8 @@ def ranking_metrics(
     Raises:
         ValueError, TypeError: an argument has a wrong value, shape, device or dtype. On GPUs, which are not made to
             wait, the values of tensors are not checked unless ``TORCHFAST_CHECK=1`` is set in the environment:
-            queries with a wrong target, length or ``num_relevant``, or decreasing offsets, come out as NaN.
+            queries with a wrong target, length or ``num_relevant``, or decreasing offsets, come out as NaN, as do
+            gains too large for their sum in an ndcg (in a dcg as inf).
         RuntimeError: under ``torch.func`` transforms and forward-mode AD.
 
     Example:
@@ -163,6 +172,7 @@ def ranking_metrics(
         gain=gain,
         relevance_threshold=relevance_threshold,
         map_denominator=map_denominator,
+        precision_denominator=precision_denominator,
         nan=nan,
         empty=empty,
         preset=preset,
@@ -317,6 +327,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
     for ties in ("average", "stable", "optimistic", "pessimistic"):
         yield Sample((x, y, metrics), {"ties": ties, "reduction": "none"})
     yield Sample((x, y, metrics), {"map_denominator": "hits", "gain": "exp", "empty": "one"})
+    yield Sample((x, y, (*metrics, "precision@20")), {"preset": "xgboost", "lengths": counts(6, 9)})
     yield Sample((x, y, metrics), {"map_denominator": "min(k,n_rel)", "gain": (0.0, 1.0, 3.0, 3.5)})
     yield Sample((x, y.bool(), metrics), {"lengths": counts(6, 9), "empty": "skip"})
     yield Sample((x, y / 4, metrics), {"mask": y != 2, "relevance_threshold": 0.5})
@@ -352,7 +363,8 @@ _op = register_metric(
     "ranking_metrics",
     "(Tensor preds, Tensor target, Tensor? offsets, Tensor? mask, Tensor? lengths, Tensor? num_relevant, "
     "Tensor? unretrieved, Tensor? unretrieved_offsets, Tensor? gain_table, int[] kinds, int[] ks, int ties, int gain, "
-    "int map_denominator, int nan, float relevance_threshold) -> (Tensor values, Tensor empty)",
+    "int map_denominator, int precision_denominator, int nan, float relevance_threshold) "
+    "-> (Tensor values, Tensor empty)",
     reference=reference,
     fake=fake,
     function=ranking_metrics,

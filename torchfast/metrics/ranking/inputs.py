@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,12 @@ from torchfast.metrics._common import check_no_gradient, check_shape
 from torchfast.metrics.ranking.group import group_by_query
 from torchfast.metrics.ranking.options import Options
 from torchfast.metrics.ranking.reference import (
+    DCG,
     GAINS,
+    NDCG,
     Documents,
     documents_of,
+    labels_of,
     ragged,
 )
 
@@ -187,6 +191,23 @@ def _refuse_labels(name: str, target: Tensor, documents: Documents, options: Opt
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise ValueError(f"{name} must be {allowed}, got {y[at].item()} in query {int(documents.query[at])}")
+    if DCG in options.kinds or NDCG in options.kinds:
+        _refuse_gains(name, target, documents, options)
+
+
+def _refuse_gains(name: str, target: Tensor, documents: Documents, options: Options) -> None:
+    """A sum of gains that overflows makes a dcg infinite and an ndcg NaN."""
+    table = None if options.table is None else options.table.to(target.device)
+    gain = labels_of(target, documents.valid, options.gain, table, options.threshold).gain
+    sums = gain.new_zeros(len(documents.bad)).index_add_(0, documents.query, gain)
+    if sums.isfinite().all():
+        return
+    q, most = int((~sums.isfinite()).nonzero()[0]), torch.finfo(gain.dtype).max
+    largest = target.reshape(-1)[documents.valid & (documents.query == q)].max().item()
+    allowed = f"have gains whose sum in a query is at most {most:.2g}"
+    if GAINS[options.gain] == "exp":
+        allowed += f" (with gain='exp' they are 2^target - 1, so targets below {round(math.log2(most))})"
+    raise ValueError(f"{name} must {allowed}, got {largest} in query {q}")
 
 
 def _refuse_offsets(name: str, offsets: Tensor, total: int) -> None:

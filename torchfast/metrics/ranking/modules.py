@@ -18,12 +18,14 @@ from torchfast.metrics.ranking.options import resolve
 class RankingMetrics(torchmetrics.Metric):
     """:func:`ranking_metrics` over many batches: a :class:`torchmetrics.Metric`.
 
-    A query belongs to one batch and one process whole: nothing of it is kept but its part in the sums. The state is
-    the sum of the values and of the weights, in float64, of a fixed size, and synchronised over ``torch.distributed``
-    by one sum; processes may have had different numbers of batches, or none.
+    A query belongs to one batch and one process whole: nothing of it is kept but its part in the sums, so documents of
+    one query in two batches count, without an error, as two queries, whatever their ``indexes``. The state is the sum
+    of the values and of the weights, in float64, of a fixed size, and synchronised over ``torch.distributed`` by one
+    sum; processes may have had different numbers of batches, or none.
 
     Args:
-        metrics, ties, gain, relevance_threshold, map_denominator, nan, empty, preset: as in :func:`ranking_metrics`.
+        metrics, ties, gain, relevance_threshold, map_denominator, precision_denominator, nan, empty, preset: as in
+            :func:`ranking_metrics`.
         per_query: keeps the values of all queries, which ``compute`` then returns instead of their means, those of
             the first process first.
         kwargs: those of :class:`torchmetrics.Metric`.
@@ -52,6 +54,7 @@ class RankingMetrics(torchmetrics.Metric):
         gain: str | Tensor | Sequence[float] | None = None,
         relevance_threshold: float | None = None,
         map_denominator: str | None = None,
+        precision_denominator: str | None = None,
         nan: str = "propagate",
         empty: str | None = None,
         preset: str | None = None,
@@ -65,6 +68,7 @@ class RankingMetrics(torchmetrics.Metric):
             gain=gain,
             relevance_threshold=relevance_threshold,
             map_denominator=map_denominator,
+            precision_denominator=precision_denominator,
             nan=nan,
             empty=empty,
             preset=preset,

@@ -13,21 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import check
+from torchfast._common import check, readable
 from torchfast.metrics._common import check_choice, check_kind, digest, names_of
-from torchfast.metrics.ranking.reference import DCG, GAINS, KINDS, MAP_DENOMINATORS, NANS, NDCG, R_PRECISION, TIES
+from torchfast.metrics.ranking.reference import (
+    DCG,
+    GAINS,
+    KINDS,
+    MAP_DENOMINATORS,
+    NANS,
+    NDCG,
+    PRECISION,
+    PRECISION_DENOMINATORS,
+    R_PRECISION,
+    TIES,
+)
 
 EMPTIES = ("zero", "one", "skip", "error")
 MAX_K = 2**63 - 1
 
-DEFAULTS = {"ties": "average", "gain": "linear", "empty": "zero", "map_denominator": "n_rel"}
+DEFAULTS = {
+    "ties": "average",
+    "gain": "linear",
+    "empty": "zero",
+    "map_denominator": "n_rel",
+    "precision_denominator": "k",
+}
+_BOOSTING = DEFAULTS | {"ties": "stable", "gain": "exp", "empty": "one", "map_denominator": "min(k,n_rel)"}
 PRESETS = {
     "trec_eval": DEFAULTS | {"ties": "stable"},
     "sklearn": DEFAULTS,
     "torchmetrics": DEFAULTS | {"map_denominator": "hits"},
     "ranx": DEFAULTS | {"ties": "stable"},
-    "xgboost": {"ties": "stable", "gain": "exp", "empty": "one", "map_denominator": "min(k,n_rel)"},
-    "lightgbm": {"ties": "stable", "gain": "exp", "empty": "one", "map_denominator": "min(k,n_rel)"},
+    "xgboost": _BOOSTING | {"precision_denominator": "min(k,docs)"},
+    "lightgbm": _BOOSTING,
 }
 
 
@@ -64,14 +82,17 @@ class Options:
     gain: int
     table: Tensor | None
     map_denominator: int
+    precision_denominator: int
     nan: str
     empty: str
     threshold: float
+    precision_is_defined: bool
 
     @property
-    def by_gain(self) -> tuple[bool, ...]:
-        """Which metrics are undefined without a positive gain; the others are without a relevant document."""
-        return tuple(kind in (NDCG, DCG) for kind in self.kinds)
+    def undefined(self) -> tuple[int | None, ...]:
+        """Where each metric has no value: 0, without a relevant document; 1, without a positive gain; None, nowhere."""
+        exempt = PRECISION if self.precision_is_defined else None
+        return tuple(None if kind == exempt else int(kind in (NDCG, DCG)) for kind in self.kinds)
 
     @property
     def digest(self) -> str:
@@ -82,7 +103,8 @@ class Options:
     def numbers(self) -> tuple[object, ...]:
         """As the op takes them, after the tensors, the last of which is the table."""
         nan = NANS.index("last" if self.nan == "last" else "propagate")
-        return (self.kinds, self.ks, self.ties, self.gain, self.map_denominator, nan, self.threshold)
+        denominators = self.map_denominator, self.precision_denominator
+        return (self.kinds, self.ks, self.ties, self.gain, *denominators, nan, self.threshold)
 
 
 def _gain_table(gain: Any) -> Tensor:
@@ -91,7 +113,7 @@ def _gain_table(gain: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"gain must be 'linear', 'exp' or one number for each target, got {gain!r}") from error
     check("gain's shape", table.dim() == 1 and len(table) > 0, tuple(table.shape), "(number of targets,)")
-    if table.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(table):
         good = bool((table >= 0).all() & (table < torch.inf).all() & (table.diff() >= 0).all())
         check("gain", good, gain, "finite, >= 0 and nowhere decreasing")
     return table.contiguous()
@@ -123,6 +145,7 @@ def _resolve(
     gain: Any = None,
     relevance_threshold: float | None = None,
     map_denominator: str | None = None,
+    precision_denominator: str | None = None,
     nan: str = "propagate",
     empty: str | None = None,
     preset: str | None = None,
@@ -157,9 +180,11 @@ def _resolve(
         GAINS.index(gain) if isinstance(gain, str) else GAINS.index("table"),
         table,
         MAP_DENOMINATORS.index(option("map_denominator", map_denominator, MAP_DENOMINATORS)),
+        PRECISION_DENOMINATORS.index(option("precision_denominator", precision_denominator, PRECISION_DENOMINATORS)),
         nan,
         option("empty", empty, EMPTIES),
         float(relevance_threshold or 0.0),
+        preset == "xgboost",  # whose precision is 0 there, though its ndcg and map are 1
     )
 
 

@@ -21,6 +21,7 @@ NDCG, DCG, MRR, MAP, PRECISION, RECALL, HIT_RATE, R_PRECISION = range(len(KINDS)
 TIES = ("average", "stable", "optimistic", "pessimistic")
 GAINS = ("linear", "exp", "table")
 MAP_DENOMINATORS = ("n_rel", "min(k,n_rel)", "hits")
+PRECISION_DENOMINATORS = ("k", "min(k,docs)")
 NANS = ("propagate", "last")
 
 
@@ -72,7 +73,7 @@ class Labels(NamedTuple):
     wrong: Tensor
 
 
-def _labels(target: Tensor, valid: Tensor, gain: int, table: Tensor | None, threshold: float) -> Labels:
+def labels_of(target: Tensor, valid: Tensor, gain: int, table: Tensor | None, threshold: float) -> Labels:
     y = target.reshape(-1).to(value_dtype(target.device))
     wrong = valid & ~((y >= 0) & (y < torch.inf))
     if table is not None:
@@ -289,6 +290,7 @@ def reference(
     ties: int,
     gain: int,
     map_denominator: int,
+    precision_denominator: int,
     nan: int,
     relevance_threshold: float,
 ) -> tuple[Tensor, Tensor]:
@@ -297,7 +299,7 @@ def reference(
     if queries == 0:
         shape = (len(kinds), 0), (2, 0)
         return preds.new_empty(shape[0], dtype=dtype), preds.new_empty(shape[1], dtype=torch.bool)
-    labels = _labels(target, documents.valid, gain, gain_table, relevance_threshold)
+    labels = labels_of(target, documents.valid, gain, gain_table, relevance_threshold)
     wrong = labels.wrong
     if NANS[nan] == "propagate":
         wrong = wrong | (documents.valid & preds.reshape(-1).isnan())
@@ -312,7 +314,7 @@ def reference(
     if unretrieved is not None:
         assert unretrieved_offsets is not None
         others = ragged(unretrieved_offsets, len(unretrieved))
-        judged = _labels(unretrieved, others.valid, gain, gain_table, relevance_threshold)
+        judged = labels_of(unretrieved, others.valid, gain, gain_table, relevance_threshold)
         n_rel = n_rel + count(judged.relevant, others.query)
         bad = bad | others.bad | (count(judged.wrong, others.query) > 0)
         gains, query = torch.cat([gains, judged.gain]), torch.cat([query, others.query])
@@ -333,11 +335,14 @@ def reference(
         if kind == DCG:
             return of_queries.dcg(k)
         if ideal is not None and kind == NDCG:
-            return over(of_queries.dcg(k), ideal.dcg(k))
+            best = ideal.dcg(k)
+            return torch.where(best.isfinite(), over(of_queries.dcg(k), best), torch.nan)
         if no_hit is not None and kind in (MRR, HIT_RATE):
             return of_queries.first_hit(k, no_hit)[kind == HIT_RATE]
         if kind == PRECISION:
-            return over(of_queries.hits(of_queries.inside(k)), torch.full_like(size, k) if k else size)
+            capped = PRECISION_DENOMINATORS[precision_denominator] == "min(k,docs)"
+            divisor = size if not k else size.clamp(max=k) if capped else torch.full_like(size, k)
+            return over(of_queries.hits(of_queries.inside(k)), divisor)
         if kind == RECALL:
             return over(of_queries.hits(of_queries.inside(k)), n_rel)
         if kind == R_PRECISION:

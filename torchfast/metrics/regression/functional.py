@@ -156,8 +156,8 @@ def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight
 def _refuse(options: Options, preds: Tensor, target: Tensor, weight: Tensor | None) -> None:
     """Looks for what is wrong where a sum came out as NaN."""
     if weight is not None:
-        bad = weight[~(weight >= 0)]
-        check("sample_weight", len(bad) == 0, bad[:1].tolist(), ">= 0")
+        bad = weight[~((weight >= 0) & (weight < torch.inf))]
+        check("sample_weight", len(bad) == 0, bad[:1].tolist(), "finite and >= 0")
     if options.nan == "propagate":
         return
     for name, x in (("preds", preds), ("target", target)):
@@ -192,8 +192,8 @@ def regression_metrics(
         preds: predictions, any floating or integer dtype, any strides; shape ``(N,)`` or ``(N, outputs)``.
         target: shape as ``preds``.
         metrics: of ``"mae"``, ``"mse"``, ``"rmse"`` and ``"r2"``.
-        sample_weight: weight >= 0 of each sample, of a floating dtype, shape ``(N,)``. A sample of weight 0 is as if
-            it were not there.
+        sample_weight: finite weight >= 0 of each sample, of a floating dtype, shape ``(N,)``. A sample of weight 0 is
+            as if it were not there.
         multioutput: ``"uniform_average"`` (default), the mean over the outputs; ``"variance_weighted"``, of r2
             weighted by the variances of y; ``"raw_values"``, shape ``(outputs,)``.
         nan: NaN in ``preds`` or ``target``: ``"error"`` (default), or ``"propagate"``: the values are NaN.
