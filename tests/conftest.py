@@ -92,18 +92,18 @@ def pytest_sessionstart(session):
 
 def processor():
     """The CPU, and what of it the environment leaves to torchfast, torch and oneDNN: roundings depend on it."""
-    import torchfast
+    from torchfast.info import report
 
+    build = report()["build"]
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
-    native = torchfast._native.unavailable_reason is None
     half = [dtype for dtype in ("bf16", "fp16") if getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")()]
     return {
         "CPU": name,
         "threads": torch.get_num_threads(),
-        "torchfast": torchfast._C.build_info()["simd"] if native else "no native kernels",
+        "torchfast": build["simd"] if isinstance(build, dict) else build or "no native kernels",
         "torch": torch.backends.cpu.get_cpu_capability(),
         "oneDNN at most": os.environ.get("ONEDNN_MAX_CPU_ISA", "what there is"),
         "native products": " and ".join(half) or "none in half precision",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import torchfast
+from torchfast.info import report
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ def test_a_run_says_what_cpu_it_used(quiet):
     said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
     head = next(line for line in said.splitlines() if line.startswith("CPU: "))
     assert said.index("kernels: cpu ") < said.index(head)
-    native = torchfast._native.unavailable_reason is None
-    simd = torchfast._C.build_info()["simd"] if native else "no native kernels"
+    build = report()["build"]
+    simd = build["simd"] if build else "no native kernels"
     assert f"torchfast: {simd}; torch: {torch.backends.cpu.get_cpu_capability()}; oneDNN at most: SSE41" in head
     assert head.endswith("native products: none in half precision")
