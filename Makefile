@@ -21,7 +21,7 @@ setup: .venv/dev .venv/built
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch .venv/cpu-built $@
 
-# Half of the time to build is nvcc's, and the demo trains on the CPU.
+# Half of the time to build is nvcc's, and what the demo runs on a GPU are the losses, which Triton serves.
 .venv/cpu-built: .venv/demo $(SOURCES)
 	TORCHFAST_CUDA=0 $(BIN)/python setup.py --quiet build_ext --inplace
 	rm -f .venv/built
