@@ -1,17 +1,27 @@
 // Tensors of one shape, walked together element by element, in one order of the dimensions. Where a
 // tensor is one dense run in that order (as all of them are in most calls) a kernel reads its memory;
 // others are gathered tile by tile, in cache.
-//
-// No include guard: the contents are compiled once per instruction set, in its namespace.
-#include <numeric>
+#if defined(TORCHFAST_MEMORY_WALK_INL_H) == defined(TORCHFAST_TOGGLE)
+#ifdef TORCHFAST_MEMORY_WALK_INL_H
+#undef TORCHFAST_MEMORY_WALK_INL_H
+#else
+#define TORCHFAST_MEMORY_WALK_INL_H
+#endif
 
-namespace torchfast::TORCHFAST_ISA {
-namespace {
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "memory/elements-inl.h"
+
+TORCHFAST_KERNELS
 
 // The leader's dimensions from the slowest to the fastest: a dense tensor is one run in this order.
 // Expanded ones (stride 0) come first: last, they would tear every other tensor apart.
-inline std::vector<int64_t> memory_order(const Tensor& leader) {
-  std::vector<int64_t> order(leader.dim());
+inline std::vector<int64_t> memory_order(const View& leader) {
+  std::vector<int64_t> order(leader.dims);
   std::iota(order.begin(), order.end(), 0);
   auto step = [&](int64_t d) { return leader.stride(d) == 0 ? INT64_MAX : leader.stride(d); };
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return step(a) > step(b); });
@@ -20,7 +30,7 @@ inline std::vector<int64_t> memory_order(const Tensor& leader) {
 
 // A shape whose dimensions are walked in some order, the last of them fastest.
 struct Order {
-  Order(const Tensor& shape_of, const std::vector<int64_t>& in_order) : dims(in_order) {
+  Order(const View& shape_of, const std::vector<int64_t>& in_order) : dims(in_order) {
     for (int64_t d : dims) sizes.push_back(shape_of.size(d));
   }
   void drop_last() {
@@ -46,8 +56,8 @@ class Strides {
     if (dims_.empty()) dims_.push_back({1, 1});
   }
   // Dimensions that the tensor does not have, the last ones, are expanded.
-  Strides(const Order& order, const Tensor& tensor)
-      : Strides(order, [&](int64_t d) { return d < tensor.dim() ? tensor.stride(d) : 0; }) {}
+  Strides(const Order& order, const View& view)
+      : Strides(order, [&](int64_t d) { return d < view.dims ? view.stride(d) : 0; }) {}
 
   bool is_dense() const { return dims_.size() == 1 && dims_[0].stride == 1; }
 
@@ -111,29 +121,19 @@ void gather(const From* p, int64_t stride, int64_t n, To* out) {
 template <class To>
 class Operand {
  public:
-  Operand(const Order& order, const Tensor& tensor) : tensor_(readable(tensor)), strides_(order, tensor_) {}
+  Operand(const Order& order, const View& view) : view_(view), strides_(order, view) {}
 
   // Elements i .. i+n-1, in memory or else gathered in `buffer`.
   const To* read(int64_t i, int64_t n, To* buffer) const {
-    if (tensor_.scalar_type() == ScalarType::Bool) return read(data<uint8_t>(tensor_), i, n, buffer);
+    if (view_.type == Type::boolean) return read(view_.as<uint8_t>(), i, n, buffer);
     if constexpr (std::is_same_v<To, int64_t>)
-      return with_index_type(tensor_, [&](auto* p) { return read(p, i, n, buffer); });
+      return with_index_type(view_, [&](auto* p) { return read(p, i, n, buffer); });
     else if constexpr (std::is_floating_point_v<To>)
-      return with_float_type(tensor_, [&](auto* p) { return read(p, i, n, buffer); });
-    return nullptr;  // uint8_t reads bool alone
+      return with_float_type(view_, [&](auto* p) { return read(p, i, n, buffer); });
+    refuse_dtype("bool");
   }
 
  private:
-  static Tensor readable(const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Float:
-      case ScalarType::BFloat16:
-      case ScalarType::Half:
-      case ScalarType::Double:
-      case ScalarType::Bool: return tensor;
-      default: return std::is_floating_point_v<To> ? torch::stable::to(tensor, real_type<To>) : tensor;
-    }
-  }
   template <class From>
   const To* read(const From* p, int64_t i, int64_t n, To* buffer) const {
     if constexpr (std::is_same_v<From, To>)
@@ -146,9 +146,10 @@ class Operand {
     return buffer;
   }
 
-  Tensor tensor_;
+  View view_;
   Strides strides_;
 };
 
-}  // namespace
-}  // namespace torchfast::TORCHFAST_ISA
+TORCHFAST_END_KERNELS
+
+#endif

@@ -4,55 +4,13 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <memory>
 #include <utility>
 #include <vector>
 
-#include "common.h"
+#include "memory/buffer.h"
+#include "memory/parallel.h"
 
 namespace torchfast {
-namespace {
-
-// Work on one query or curve, shared out to threads where it is huge.
-struct Parts {
-  int64_t count = 1;
-  template <class F>
-  void for_each(const F& f) const {
-    if (count == 1) return f(int64_t{0});
-    torch::stable::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
-      for (int64_t part = from; part < to; ++part) f(part);
-    });
-  }
-  // f(part, begin, end), the boundaries at multiples of `step`.
-  template <class F>
-  void for_each_range(int64_t n, int64_t step, const F& f) const {
-    int64_t each = (n / count + step) / step * step;
-    for_each([&](int64_t part) { f(part, std::min(n, part * each), std::min(n, (part + 1) * each)); });
-  }
-};
-
-// Memory that is not initialised and only grows.
-template <class T>
-class Buffer {
- public:
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_[i]; }
-  T* need(int64_t n, int64_t keep = 0) {
-    if (n > size_) {
-      size_ = std::max(n, size_ + size_ / 2);
-      std::unique_ptr<T[]> larger(new T[size_]);
-      std::copy(get(), get() + keep, larger.get());
-      data_ = std::move(larger);
-    }
-    return get();
-  }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t size_ = 0;
-};
-
-// ---- Radix sort --------------------------------------------------------------------------------
 
 // The bits of a score as an unsigned integer of the opposite order; of both zeros the same.
 inline uint32_t descending(float score) {
@@ -133,5 +91,4 @@ Keyed<Key>* radix_sort(Keyed<Key>* a, Keyed<Key>* b, int64_t n, const Parts& par
   return sort_by_bits(sorted, sorted == a ? b : a, n, low, high - low, parts, counts);
 }
 
-}  // namespace
 }  // namespace torchfast
