@@ -154,7 +154,8 @@ void forward_pass(const Call& call, const View& loss, const View& residuals) {
   for (double sum : loss_sum) total += sum;
   for (double sum : divisor_sum) divisor += mean ? sum : 0;
   stats[3 * rows] = R(divisor);
-  if (!each_loss) *loss.writable<R>() = divisor == 0 && o.empty_zero ? R(0) : R(total / divisor);
+  if (o.reduction != Reduction::none)
+    *loss.writable<R>() = divisor == 0 && o.empty_zero ? R(0) : R(total / divisor);
 }
 
 // ---- Backward --------------------------------------------------------------------------------
