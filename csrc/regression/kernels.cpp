@@ -1,7 +1,8 @@
 // The kernel of the regression metrics in every instruction set, and the choice among them.
 #define TORCHFAST_FILE "regression/kernels.cpp"
-#include "regression/moments-inl.h"
 #include "simd/foreach_isa.h"
+
+#include "regression/moments-inl.h"
 
 #ifdef TORCHFAST_LAST_ISA
 namespace torchfast::regression {
