@@ -1,0 +1,44 @@
+// What the kernels of the sigmoid losses take and give. Formula and reference:
+// torchfast/losses/sigmoid_focal_loss/.
+#pragma once
+
+#include <cstdint>
+
+#include "memory/view.h"
+
+namespace torchfast::sigmoid_focal_loss {
+
+enum class Reduction : int64_t { none, mean, sum };
+
+// The names and the order are the op's.
+struct Options {
+  int64_t ignore_index;
+  Reduction reduction;
+  double alpha, gamma, gamma_neg, clip, label_smoothing;
+  bool empty_zero;
+};
+
+// All views have the logits' shape, of any strides; those that are false are absent.
+struct Call {
+  View logits;
+  View target;  // floats, bool or integers; or class ids, which lack the last dimension
+  View weight, pos_weight;
+  View mask;  // bool
+  Options options;
+
+  bool class_ids() const { return target.dims < logits.dims; }
+};
+
+struct Total {
+  double loss = 0;
+  int64_t counted = 0;  // elements that are neither masked nor ignored
+};
+
+// Also writes each loss where `each_loss`, which is dense, is there: float, or double for double logits.
+Total forward(const Call& call, const View& each_loss);
+
+// Writes the gradient, dense and of the logits' dtype: factor times that of each loss, times its own
+// upstream gradient where `upstream` is there.
+void backward(const Call& call, double factor, const View& upstream, const View& gradient);
+
+}  // namespace torchfast::sigmoid_focal_loss

@@ -1,0 +1,332 @@
+// The elements in tiles that fit in L1, in the memory order of the output: one pass each for the losses and
+// for the gradient. A tile is read where it lies if it is dense there and of the type of the mathematics,
+// else it is gathered first. Integer targets become a tile of values; so do class ids, whose one-hot matrix
+// never exists.
+#if defined(TORCHFAST_SIGMOID_FOCAL_LOSS_TILES_INL_H) == defined(TORCHFAST_TOGGLE)
+#ifdef TORCHFAST_SIGMOID_FOCAL_LOSS_TILES_INL_H
+#undef TORCHFAST_SIGMOID_FOCAL_LOSS_TILES_INL_H
+#else
+#define TORCHFAST_SIGMOID_FOCAL_LOSS_TILES_INL_H
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "memory/fresh.h"
+#include "memory/parallel.h"
+#include "memory/walk-inl.h"
+#include "sigmoid_focal_loss/formula-inl.h"
+
+TORCHFAST_KERNELS
+
+using sigmoid_focal_loss::Call, sigmoid_focal_loss::Total;
+
+constexpr int64_t kTile = 1024;    // elements that stay in L1 between gathering and use
+constexpr int64_t kBlock = 16384;  // elements whose losses are one term of the sum, whatever the threads
+
+// ---- A tile ----------------------------------------------------------------------------------
+
+// What a kernel reads of a tile; null pointers are not there.
+template <class R>
+struct Tile {
+  const R *z, *y, *weight, *pos_weight, *upstream;
+  const R* counts;  // 0 where the element does not count
+  bool is_weighted() const { return weight || pos_weight || upstream || counts; }
+};
+
+template <bool hard, bool weighted, class R>
+TORCHFAST_INLINE auto factors(const Tile<R>& t, const Formula<R>& k, int64_t i, auto count) {
+  Vec<R> y = load_n<R>(t.y + i, count), one = splat<R>(1), both = one, pos_weight = one;
+  if constexpr (weighted) {
+    if (t.weight) both = load_n<R>(t.weight + i, count);
+    if (t.upstream) both = both * load_n<R>(t.upstream + i, count);
+    if (t.counts) both = load_n<R>(t.counts + i, count) != 0 ? both : splat<R>(0);
+    if (t.pos_weight) pos_weight = load_n<R>(t.pos_weight + i, count);
+  }
+  auto weigh = [&](Vec<R> factor, Vec<R> by)
+                   __attribute__((always_inline)) { return weighted ? times<R>(both, factor * by) : factor; };
+  if constexpr (hard) {
+    IntVec<R> positive = y != 0;
+    return Hard<R>{positive, weigh(positive ? splat(k.a1) : splat(k.b1), positive ? pos_weight : one)};
+  } else {
+    return Soft<R>{weigh(y * k.a1 + k.a0, pos_weight), weigh((R(1) - y) * k.b1 + k.b0, one)};
+  }
+}
+
+// Writes the losses to `out` (or null) and returns their sum.
+template <Mode mode, bool hard, bool weighted, class R>
+double tile_forward(const Tile<R>& t, const Formula<R>& k, int64_t n, R* out) {
+  Vec<R> sum{};
+  for_each_vec<R, 1>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
+    Vec<R> loss = loss_of<mode, R>(load_n<R>(t.z + i, count), factors<hard, weighted>(t, k, i, count), k);
+    if (out) store_n<R>(out + i, loss, count);
+    sum += only_n<R>(loss, count, R(0));
+  });
+  return sum_lanes<R>(sum);
+}
+
+template <Mode mode, bool hard, bool weighted, class R>
+void tile_backward(const Tile<R>& t, const Formula<R>& k, int64_t n, R* out) {
+  for_each_vec<R, 1>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
+    auto f = factors<hard, weighted>(t, k, i, count);
+    store_n<R>(out + i, gradient_of<mode, R>(load_n<R>(t.z + i, count), f, k), count);
+  });
+}
+
+// f(mode, hard, weighted). Double precision is for checking, not for speed: it has one kernel a mode.
+template <class R, class F>
+void with_kernel(const Tile<R>& t, const Formula<R>& k, bool hard, const F& f) {
+  constexpr bool fast = std::is_same_v<R, float>;
+  auto with_mode = [&](auto mode) {
+    auto with_target = [&](auto hard) {
+      if (fast && !t.is_weighted())
+        f(mode, hard, std::bool_constant<!fast>{});
+      else
+        f(mode, hard, std::true_type{});
+    };
+    fast&& hard ? with_target(std::bool_constant<fast>{}) : with_target(std::false_type{});
+  };
+  switch (k.mode) {
+    case Mode::bce: return with_mode(std::integral_constant<Mode, Mode::bce>{});
+    case Mode::focal: return with_mode(std::integral_constant<Mode, Mode::focal>{});
+    case Mode::asymmetric: return with_mode(std::integral_constant<Mode, Mode::asymmetric>{});
+  }
+}
+
+// ---- The call in tiles -----------------------------------------------------------------------
+
+// One thread's memory, for what has to be gathered.
+template <class R>
+struct Scratch {
+  R z[kTile], y[kTile], weight[kTile], pos_weight[kTile], upstream[kTile], counts[kTile], out[kTile];
+  int64_t ids[kTile], classes[kTile];
+  uint8_t mask[kTile];
+};
+
+template <class R>
+class Tiles {
+ public:
+  // The leader, which is dense or the logits, gives the order of the walk.
+  Tiles(const Call& of, const View& leader, const View& upstream = {})
+      : numel(of.logits.elements),
+        blocks((numel + kBlock - 1) / kBlock),
+        call_(of),
+        order_(of.logits, memory_order(leader)),
+        rows_(order_),
+        z_(order_, of.logits) {
+    int64_t last = call_.logits.dims - 1;
+    bool integer = is_integer(call_.target.type);
+    form_ = call_.class_ids() ? Form::class_ids : integer ? Form::integers : Form::values;
+    hard_ = !is_floating(call_.target.type) && call_.options.label_smoothing == 0;
+    if (form_ == Form::class_ids) {
+      lowest_ = -1;
+      highest_ = call_.logits.size(last) - 1;
+      if (order_.dims.back() == last)
+        rows_.drop_last();
+      else
+        classes_.emplace(order_, [&](int64_t d) { return int64_t(d == last); });
+    }
+    if (integer)
+      ids_.emplace(rows_, call_.target);
+    else
+      y_.emplace(order_, call_.target);
+    if (call_.weight) weight_.emplace(order_, call_.weight);
+    if (call_.pos_weight) pos_weight_.emplace(order_, call_.pos_weight);
+    if (call_.mask) mask_.emplace(order_, call_.mask);
+    if (upstream) upstream_.emplace(order_, upstream);
+  }
+
+  // f(first element, number of elements, block, scratch) for each tile, over threads.
+  template <class F>
+  void for_each(const F& f) {
+    parallel_for(0, blocks, kGrainElements / kBlock, [&](int64_t from, int64_t to) {
+      auto scratch = std::make_unique_for_overwrite<Scratch<R>>();
+      for (int64_t block = from; block < to; ++block) {
+        int64_t end = std::min(numel, (block + 1) * kBlock);
+        for (int64_t i = block * kBlock; i < end; i += kTile) f(i, std::min(kTile, end - i), block, *scratch);
+      }
+    });
+    if (bad_) throw_first_bad();
+  }
+
+  Tile<R> read(int64_t i, int64_t n, Scratch<R>& s) {
+    auto read = [&](const auto& operand, auto* buffer) {
+      return operand ? operand->read(i, n, buffer) : nullptr;
+    };
+    const uint8_t* mask = read(mask_, s.mask);
+    for (int64_t j = 0; mask && j < n; ++j) s.counts[j] = mask[j];
+    bool all_count = !mask && !ids_;
+    const R* y = s.y;
+    switch (form_) {
+      case Form::values: y = read(y_, s.y); break;
+      case Form::integers: all_count = decode(mask, i, n, s); break;
+      case Form::class_ids: all_count = classes_ ? one_hot(mask, i, n, s) : one_hot_rows(mask, i, n, s);
+    }
+    return {z_.read(i, n, s.z),          y,
+            read(weight_, s.weight),     read(pos_weight_, s.pos_weight),
+            read(upstream_, s.upstream), all_count ? nullptr : s.counts};
+  }
+  bool is_hard() const { return hard_; }
+
+  const int64_t numel, blocks;
+
+ private:
+  enum class Form { values, integers, class_ids };  // values: floats or bool
+
+  // ---- Integer targets become s.y, and s.counts unless the result is true: all of the tile count
+
+  bool skipped(int64_t id) const { return id == call_.options.ignore_index || id < lowest_ || id > highest_; }
+
+  // Elements begin .. end-1 do not count; if that is for neither of the good reasons, it is an error.
+  void skip(int64_t id, const uint8_t* mask, int64_t begin, int64_t end, Scratch<R>& s) {
+    std::fill(s.counts + begin, s.counts + end, R(0));
+    auto is_set = [](uint8_t bit) { return bit != 0; };
+    if (id != call_.options.ignore_index && (!mask || std::any_of(mask + begin, mask + end, is_set)))
+      bad_ = true;
+  }
+
+  bool decode(const uint8_t* mask, int64_t i, int64_t n, Scratch<R>& s) {
+    const int64_t *ids = ids_->read(i, n, s.ids), ignored = call_.options.ignore_index;
+    int64_t others = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      s.y[j] = R(int32_t(ids[j]));
+      others |= (ids[j] & ~int64_t(1)) | -int64_t(ids[j] == ignored);
+    }
+    if (others == 0) return !mask;
+    if (!mask) std::fill(s.counts, s.counts + n, R(1));
+    for (int64_t j = 0; j < n; ++j)
+      if (skipped(ids[j])) skip(ids[j], mask, j, j + 1, s);
+    return false;
+  }
+
+  // The one-hot matrix of class ids. Rows lie one after the other: each is zeros but for one element.
+  bool one_hot_rows(const uint8_t* mask, int64_t i, int64_t n, Scratch<R>& s) {
+    int64_t classes = highest_ + 1, row = i / classes, rows = (i + n - 1) / classes - row + 1;
+    const int64_t* ids = ids_->read(row, rows, s.ids);
+    bool all_count = !mask;
+    std::fill(s.y, s.y + n, R(0));
+    for (int64_t begin = row * classes - i; begin < n; begin += classes) {  // of a row, in the tile
+      int64_t id = *ids++;
+      if (!skipped(id)) {
+        if (uint64_t(begin + id) < uint64_t(n) && id >= 0) s.y[begin + id] = R(1);
+        continue;
+      }
+      if (all_count) std::fill(s.counts, s.counts + n, R(1));
+      all_count = false;
+      skip(id, mask, std::max<int64_t>(begin, 0), std::min(begin + classes, n), s);
+    }
+    return all_count;
+  }
+
+  // The same where the classes of a row are not adjacent.
+  bool one_hot(const uint8_t* mask, int64_t i, int64_t n, Scratch<R>& s) {
+    const int64_t* ids = ids_->read(i, n, s.ids);
+    int64_t* to = s.classes;
+    classes_->for_each_run(i, n, [&](int64_t first, int64_t stride, int64_t count) {
+      for (int64_t j = 0; j < count; ++j) *to++ = first + j * stride;
+    });
+    if (!mask) std::fill(s.counts, s.counts + n, R(1));
+    for (int64_t j = 0; j < n; ++j) {
+      s.y[j] = R(ids[j] == s.classes[j]);
+      if (skipped(ids[j])) skip(ids[j], mask, j, j + 1, s);
+    }
+    return false;
+  }
+
+  // The first in the order of the elements, not in that of the memory or of the threads.
+  void throw_first_bad() const {
+    std::vector<int64_t> dims(call_.logits.dims);
+    std::iota(dims.begin(), dims.end(), 0);
+    Order order(call_.logits, dims);
+    Operand<int64_t> targets(order, call_.target);
+    std::optional<Operand<uint8_t>> masks;
+    if (call_.mask) masks.emplace(order, call_.mask);
+    auto s = std::make_unique_for_overwrite<Scratch<R>>();
+    for (int64_t i = 0; i < numel; i += kTile) {
+      int64_t n = std::min(kTile, numel - i);
+      const int64_t* ids = targets.read(i, n, s->ids);
+      const uint8_t* mask = masks ? masks->read(i, n, s->mask) : nullptr;
+      for (int64_t j = 0; j < n; ++j) {
+        if (!skipped(ids[j]) || ids[j] == call_.options.ignore_index || (mask && !mask[j])) continue;
+        throw std::out_of_range("target " + std::to_string(ids[j]) + " is out of range: allowed are " +
+                                (form_ == Form::integers ? "0, 1" : "-1 to " + std::to_string(highest_)) +
+                                " and ignore_index");
+      }
+    }
+  }
+
+  const Call& call_;
+  Order order_, rows_;  // rows_: without the classes, if those of a row are adjacent
+  Operand<R> z_;
+  Form form_;
+  bool hard_;
+  int64_t lowest_ = 0, highest_ = 1;  // integer that is allowed
+  std::optional<Operand<R>> y_, weight_, pos_weight_, upstream_;
+  std::optional<Operand<int64_t>> ids_;
+  std::optional<Operand<uint8_t>> mask_;
+  std::optional<Strides> classes_;  // the class of an element, as if it were an offset
+  std::atomic<bool> bad_{false};
+};
+
+// ---- Passes: the output is the leader of the walk ----------------------------------------------
+
+template <class R>
+Total losses(const Call& call, const View& each_loss) {
+  R* out = each_loss.writable<R>();
+  FreshMemory fresh(out, each_loss.elements * sizeof(R));
+  Tiles<R> tiles(call, each_loss ? each_loss : call.logits);
+  Formula<R> k(call.options, 1);
+  std::vector<Total> parts(tiles.blocks);
+  tiles.for_each([&](int64_t i, int64_t n, int64_t block, Scratch<R>& s) {
+    if (out) fresh.reach(out + i, n * sizeof(R));
+    Tile<R> tile = tiles.read(i, n, s);
+    with_kernel(tile, k, tiles.is_hard(), [&](auto mode, auto hard, auto weighted) {
+      parts[block].loss += tile_forward<mode(), hard(), weighted()>(tile, k, n, out ? out + i : nullptr);
+    });
+    parts[block].counted += n;
+    for (int64_t j = 0; tile.counts && j < n; ++j) parts[block].counted -= tile.counts[j] == 0;
+  });
+  Total total;
+  for (const Total& part : parts) total.loss += part.loss, total.counted += part.counted;
+  return total;
+}
+
+template <class T, class R>
+void gradients(const Call& call, double factor, const View& upstream, const View& gradient) {
+  T* to = gradient.writable<T>();
+  FreshMemory fresh(to, gradient.elements * sizeof(T));
+  Tiles<R> tiles(call, gradient, upstream);
+  Formula<R> k(call.options, factor);
+  tiles.for_each([&](int64_t i, int64_t n, int64_t, Scratch<R>& s) {
+    fresh.reach(to + i, n * sizeof(T));
+    Tile<R> tile = tiles.read(i, n, s);
+    R* out = s.out;
+    if constexpr (std::is_same_v<T, R>) out = to + i;
+    with_kernel(tile, k, tiles.is_hard(), [&](auto mode, auto hard, auto weighted) {
+      tile_backward<mode(), hard(), weighted()>(tile, k, n, out);
+    });
+    if constexpr (!std::is_same_v<T, R>) convert<R>(out, to + i, n);
+  });
+}
+
+Total all_losses(const Call& call, const View& each_loss) {
+  return with_logits_type(call.logits, [&](auto, auto r) { return losses<decltype(r)>(call, each_loss); });
+}
+
+void all_gradients(const Call& call, double factor, const View& upstream, const View& gradient) {
+  with_logits_type(call.logits, [&](auto t, auto r) {
+    gradients<decltype(t), decltype(r)>(call, factor, upstream, gradient);
+  });
+}
+
+TORCHFAST_END_KERNELS
+
+#endif
