@@ -420,7 +420,7 @@ def area_samples(device: str = "cpu", dtype: torch.dtype = torch.float32, *, lar
         yield Sample((of.normal(5000, 20), of.ids(5000, classes=20), several), logits)
 
 
-# ---- Registration: csrc/cpu/classification.cpp serves the CPU ---------------------------------
+# ---- Registration: csrc/classification/ serves the CPU ---------------------------------
 
 _class_counts = register_metric(
     "class_counts",
