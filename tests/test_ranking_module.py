@@ -218,6 +218,6 @@ def test_a_query_in_two_batches_counts_as_two():
     preds, target, query = torch.tensor([0.2, 0.9, 0.1]), torch.tensor([1, 0, 1]), torch.tensor([7, 7, 7])
     whole, parted = RankingMetrics("mrr", per_query=True), RankingMetrics("mrr", per_query=True)
     whole.update(preds, target, indexes=query)
-    for batch in slice(0, 2), slice(2, 3):
-        parted.update(preds[batch], target[batch], indexes=query[batch])
+    for part in slice(0, 2), slice(2, 3):
+        parted.update(preds[part], target[part], indexes=query[part])
     assert whole.compute()["mrr"].tolist() == [0.5] and parted.compute()["mrr"].tolist() == [0.5, 1.0]
