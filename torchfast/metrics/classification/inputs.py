@@ -205,8 +205,9 @@ def refuse(options: Options, batch: Batch, wrong: Tensor) -> None:
     if found[PROBABILITY]:
         if options.task == "multiclass":
             raise ValueError(
-                "preds must be probabilities, which sum to 1 over the classes, or logits with from_logits=True; "
-                "got rows with other sums"
+                "preds must be probabilities, which sum to 1 over the classes, got rows with other sums; of logits "
+                "from_logits=True takes the softmax; for decision values of one-vs-rest classifiers give one-hot "
+                "targets and task='multilabel', which ranks each class by its own scores"
             )
         x = preds[counted & ~((preds >= 0) & (preds <= 1))]
         x = x[~x.isnan()]
