@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import check
+from torchfast._common import REALS, check, check_tensor, readable
 from torchfast.metrics._common import check_choice, check_kind, digest, names_of
 from torchfast.metrics.ranking.reference import DCG, GAINS, KINDS, MAP_DENOMINATORS, NANS, NDCG, R_PRECISION, TIES
 
@@ -86,12 +86,14 @@ class Options:
 
 
 def _gain_table(gain: Any) -> Tensor:
+    if isinstance(gain, Tensor):
+        check_tensor("gain", gain, REALS, "'linear', 'exp' or a tensor of a number for each target")
     try:
         table = torch.as_tensor(gain, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"gain must be 'linear', 'exp' or one number for each target, got {gain!r}") from error
     check("gain's shape", table.dim() == 1 and len(table) > 0, tuple(table.shape), "(number of targets,)")
-    if table.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(table):
         good = bool((table >= 0).all() & (table < torch.inf).all() & (table.diff() >= 0).all())
         check("gain", good, gain, "finite, >= 0 and nowhere decreasing")
     return table.contiguous()
