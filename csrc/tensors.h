@@ -19,12 +19,24 @@ inline bool is_integer(ScalarType dtype) {
   }
 }
 
+// Of logits, scores and predictions.
+inline bool is_score(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Double;
+}
+
 template <class R>
 constexpr ScalarType real_type = std::is_same_v<R, float> ? ScalarType::Float : ScalarType::Double;
 
 template <class R>
 const R* data(const Tensor& x) {
   return static_cast<const R*>(x.const_data_ptr());
+}
+
+// Dtypes that a kernel does not read end here, whatever the checks before it have let through: torch has
+// many, and more with each release.
+[[noreturn]] inline void refuse_dtype(const char* allowed) {
+  throw std::invalid_argument(std::string("a tensor must be of ") + allowed);
 }
 
 // Calls f with the data of integers as a pointer to their own type.
@@ -38,11 +50,15 @@ auto with_index_type(const Tensor& x, const F& f) {
     case ScalarType::Byte: return f(static_cast<const uint8_t*>(p));
     case ScalarType::UInt16: return f(static_cast<const uint16_t*>(p));
     case ScalarType::UInt32: return f(static_cast<const uint32_t*>(p));
-    default: return f(static_cast<const int64_t*>(p));  // uint64 too: large values are negative here
+    case ScalarType::Long:
+    case ScalarType::UInt64: return f(static_cast<const int64_t*>(p));  // large values are negative here
+    default: refuse_dtype("an integer dtype");
   }
 }
 
-// The same for floats; other dtypes than these must have been converted.
+constexpr const char* kFloats = "float32, bfloat16, float16 or float64";
+
+// The same for floats.
 template <class F>
 auto with_float_type(const Tensor& x, const F& f) {
   const void* p = x.const_data_ptr();
@@ -50,7 +66,8 @@ auto with_float_type(const Tensor& x, const F& f) {
     case ScalarType::Float: return f(static_cast<const float*>(p));
     case ScalarType::BFloat16: return f(static_cast<const bf16*>(p));
     case ScalarType::Half: return f(static_cast<const f16*>(p));
-    default: return f(static_cast<const double*>(p));
+    case ScalarType::Double: return f(static_cast<const double*>(p));
+    default: refuse_dtype(kFloats);
   }
 }
 
@@ -61,7 +78,7 @@ auto with_logits_type(const Tensor& logits, const F& f) {
     case ScalarType::BFloat16: return f(bf16{}, float{});
     case ScalarType::Half: return f(f16{}, float{});
     case ScalarType::Double: return f(double{}, double{});
-    default: throw std::invalid_argument("input must be float32, bfloat16, float16 or float64");
+    default: refuse_dtype(kFloats);
   }
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
+from triton.runtime.jit import KernelParam
 
 _Builder = interpreter.InterpreterBuilder
 
@@ -34,11 +37,34 @@ def install() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        types = _types_of_floats(self.fn)
+        args = tuple(_passed(arg, types.get(name)) for name, arg in zip(self.arg_names, args, strict=False))
+        kwargs = {name: _passed(arg, types.get(name)) for name, arg in kwargs.items()}
+        return launch(self, *args, grid=grid, warmup=warmup, **kwargs)
+
     patched: set[str] = set()
+    launch = interpreter.InterpretedFunction.run
     for name in ("create_fp_to_si", "create_fp_to_ui", "create_si_to_fp", "create_ui_to_fp"):
         assert getattr(_Builder, name), "the interpreter has changed: look at cast_impl again"
     _Builder.cast_impl = cast_impl
     interpreter.InterpretedFunction.__call__ = call
+    interpreter.InterpretedFunction.run = run
+
+
+@functools.cache
+def _types_of_floats(kernel: Any) -> dict[str, tl.dtype]:
+    """In which type each parameter takes a Python float: by Triton's own rule the annotated one, if it is one that
+    Triton knows, else fp32. The interpreter, which passes the number itself, looks at no annotation but constexpr."""
+    parameters = [KernelParam(i, p, False, False) for i, p in enumerate(inspect.signature(kernel).parameters.values())]
+    return {p.name: tl.str_to_ty(p.annotation_type or "fp32", None) for p in parameters if not p.is_constexpr}
+
+
+def _passed(argument: Any, type: tl.dtype | None) -> Any:
+    if type is None or not isinstance(argument, float):
+        return argument
+    numpy = {tl.float32: np.float32, tl.float64: np.float64}[type]
+    return tl.tensor(interpreter.TensorHandle(np.array([argument], numpy), type), type)
 
 
 @dataclass

@@ -588,7 +588,7 @@ def test_wrong_arguments_are_named(device):
     refused(TypeError, "preds must be scores, of a floating dtype, for 'roc_auc'", y, y, "roc_auc", num_classes=3)
     refused(TypeError, "preds must be scores, of a floating dtype, for 'accuracy@2'", y, y, "accuracy@2", num_classes=3)
     refused(TypeError, "preds must be float32.*got torch.float8_e5m2", x.to(torch.float8_e5m2), y, "accuracy")
-    refused(TypeError, "preds must be a tensor, got list", [0.5], y, "accuracy")
+    refused(TypeError, "preds must be a tensor of bool, integers or floats, got list", [0.5], y, "accuracy")
     refused(TypeError, "target must be a tensor of bool, integers", x, y * 1j, "accuracy")
     refused(TypeError, "sample_weight must be a tensor of a floating dtype", x, y, "accuracy", sample_weight=y)
     refused(ValueError, r"sample_weight's shape must be \(4,\)", x, y, "accuracy", sample_weight=x)

@@ -91,6 +91,18 @@ def test_every_tile_and_stage_was_compiled(kernels):
     assert {kernel.constants.get("VEC") for kernel in here} >= {1, 2, 4, 8}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_options_reach_the_kernels_in_fp64(target, kernels):
+    """A kernel rounds them to what it computes in: float64 losses lose no digits of gamma or label_smoothing."""
+    mine = [kernel for kernel in kernels if kernel.config.target == target]
+    options = {"forward_kernel": {"keep", "gamma"}, "backward_kernel": {"keep", "gamma"}, "sum_kernel": set()}
+    for kernel in mine:
+        floats = {name: type for name, type in kernel.signature.items() if type in ("fp16", "bf16", "fp32", "fp64")}
+        assert set(floats) >= options[kernel.name]
+        assert set(floats.values()) <= {"fp64"}, f"{kernel.name} of {kernel.config}: {floats}"
+    assert {kernel.name for kernel in mine} == set(options)
+
+
 # ---- Planted regressions: the audit must see them -------------------------------------------------
 
 

@@ -112,6 +112,8 @@ class Kernel:
     spilled: int
     """Spilled registers, and bytes of local memory (stack, private segment)."""
     shared: int
+    signature: dict[str, Any]
+    """The type of each argument."""
     loop: int
     """Instructions of the longest loop; 0 without one, or not known (AMD)."""
     loads: dict[int, int]
@@ -210,9 +212,8 @@ def compiled(config: Config) -> list[Kernel]:
     for jit, constants, grid, binary in record(config.target, lambda: call(config)):
         code = _amd(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else _nvidia(binary.asm["cubin"])
         threads = constants["num_warps"] * TARGETS[config.target].warp_size
-        found.append(
-            Kernel(config, jit.fn.__name__, constants, grid[0], threads, shared=binary.metadata.shared, **code)
-        )
+        of = {"shared": binary.metadata.shared, "signature": binary.src.signature}
+        found.append(Kernel(config, jit.fn.__name__, constants, grid[0], threads, **of, **code))
     return found
 
 

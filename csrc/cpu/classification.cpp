@@ -455,10 +455,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_counts(Tensor preds, Tensor tar
   int64_t rows = target.numel();
   check_sizes(preds, target, weight, rows, rows);
   STD_TORCH_CHECK(num_classes > 0 && num_classes <= INT32_MAX, "num_classes must be 1 to 2^31-1");
-  STD_TORCH_CHECK(
-      ids ? preds.numel() == rows && baseline::is_integer(preds.scalar_type())
-          : preds.dim() >= 2 && preds.size(1) == num_classes && preds.numel() == rows * num_classes,
-      "preds must be scores [N, C, ...] or ids of target's shape");
+  STD_TORCH_CHECK(ids ? preds.numel() == rows && baseline::is_integer(preds.scalar_type())
+                      : preds.dim() >= 2 && preds.size(1) == num_classes &&
+                            preds.numel() == rows * num_classes && baseline::is_score(preds.scalar_type()),
+                  "preds must be scores [N, C, ...] or ids of target's shape");
   ClassArguments a{ids ? as_contiguous(preds, ScalarType::Long) : preds,
                    as_contiguous(target, ScalarType::Long),
                    as_doubles(weight),
@@ -513,6 +513,8 @@ std::tuple<Tensor, Tensor, Tensor> label_counts(Tensor preds, Tensor target, Opt
                                                 bool probabilities) {
   STD_TORCH_CHECK(preds.dim() == 2 && target.dim() == 2 && target.size(1) == preds.size(1),
                   "preds and target must be [N, L]");
+  STD_TORCH_CHECK(baseline::is_score(preds.scalar_type()) || baseline::is_integer(preds.scalar_type()),
+                  "preds must be scores or ids");
   check_sizes(preds, target, weight, preds.size(0), preds.numel());
   LabelArguments a{
       preds,        as_contiguous(target, ScalarType::Long), as_doubles(weight), ignore_index, threshold,

@@ -122,8 +122,7 @@ std::tuple<Tensor, Tensor> regression_moments(Tensor preds, Tensor target, std::
   STD_TORCH_CHECK(preds.is_cpu() && target.is_cpu() && (!weight || weight->is_cpu()),
                   "all tensors must be on the CPU");
   for (const Tensor* x : {&preds, &target})
-    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float || x->scalar_type() == ScalarType::Double ||
-                        x->scalar_type() == ScalarType::Half || x->scalar_type() == ScalarType::BFloat16,
+    STD_TORCH_CHECK(baseline::is_score(x->scalar_type()),
                     "preds and target must be float32, bfloat16, float16 or float64");
   std::optional<Tensor> weights;
   if (weight) weights = as_contiguous(*weight, ScalarType::Double);

@@ -14,7 +14,8 @@
 namespace torchfast::ranking {
 namespace {
 
-Type type_of(ScalarType dtype) {
+// None: not one that the kernels read.
+std::optional<Type> type_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Bool:
     case ScalarType::Byte: return u8;
@@ -25,19 +26,19 @@ Type type_of(ScalarType dtype) {
     case ScalarType::Half: return f16;
     case ScalarType::BFloat16: return bf16;
     case ScalarType::Float: return f32;
-    default: return f64;
+    case ScalarType::Double: return f64;
+    default: return std::nullopt;
   }
 }
 
 Elements elements_of(const Tensor& x) {
   return {static_cast<const char*>(x.const_data_ptr()), x.stride(0), x.stride(x.dim() - 1),
-          type_of(x.scalar_type())};
+          type_of(x.scalar_type()).value()};
 }
 
 // Of a dtype that the kernels read.
 Tensor readable(const Tensor& x) {
-  bool known = type_of(x.scalar_type()) != f64 || x.scalar_type() == ScalarType::Double;
-  return known ? x : torch::stable::to(x, ScalarType::Double);
+  return type_of(x.scalar_type()) ? x : torch::stable::to(x, ScalarType::Double);
 }
 
 #ifdef TORCHFAST_EMULATED

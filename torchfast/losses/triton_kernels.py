@@ -1,8 +1,6 @@
 """What the Triton kernels of all losses share: functions that Triton does not have on every backend, where a
 program works, and the sum over programs."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -20,8 +20,8 @@ ragged rows (C = 50257) to their aligned part needs every load three times in th
 loads of neighbouring lanes still coalesce into full sectors.
 """
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: that turns "fp64" into "'fp64'", a type that Triton does not know and
+# passes over, so that float64 losses would take their options in fp32.
 import triton
 import triton.language as tl
 

@@ -12,8 +12,8 @@ backward reads them once and writes the gradient once. Nothing of the size of th
 Nothing is added up atomically. Tiles are chosen, and the kernels launched, in triton_launch.py.
 """
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: that turns "fp64" into "'fp64'", a type that Triton does not know and
+# passes over, so that float64 losses would take their options in fp32.
 import triton
 import triton.language as tl
 
