@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("rich", reason="the benchmarks print with rich, which is not installed")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the GPU's benchmark needs triton, which is not installed"
 )
@@ -61,7 +61,7 @@ def launches(csv: Path) -> dict[str, list[str]]:
 
 def test_both_devices_list_their_cases(gpu_cases):
     assert "tiny/CE/8x2/fp32" in lines("--list")
-    shapes = {label.split("/")[2] for label in gpu_cases}
+    shapes = {label.split("/")[2] for label in gpu_cases if not label.startswith("ranking")}
     assert shapes == {
         "4096x32000",
         "16384x128256",
@@ -73,6 +73,8 @@ def test_both_devices_list_their_cases(gpu_cases):
         "16384x4096",
         "1000000x80",
     }
+    documents = {label.split("/")[2].partition("x")[2] for label in gpu_cases if label.startswith("ranking/")}
+    assert documents == {"100", "1000", "50000", "1000000"}  # each kernel
     assert len(set(gpu_cases)) == len(gpu_cases)
 
 
@@ -114,7 +116,11 @@ def test_a_dry_run_knows_every_case_and_what_it_moves(gpu_cases, launches, csv):
     assert list(launches) == gpu_cases
     for label, (moves, *_) in launches.items():
         family, name, shape, dtype = label.split("/")
-        nbytes = math.prod(map(int, shape.split("x"))) * BYTES[dtype]
+        elements = math.prod(map(int, shape.split("x")))
+        if family.startswith("ranking"):  # scores and targets are read once
+            assert moves.startswith(f"moves {elements * (4 + (8 if 'graded' in name else 1)):,} bytes, "), label
+            continue
+        nbytes = elements * BYTES[dtype]
         times = 5 if family == "sigmoid" and "class ids" not in name else 3  # float targets are read twice
         assert moves.startswith(f"moves {times * nbytes:,} bytes, "), label
     assert launches["large/CE/16384x128256/bf16"][0] == "moves 12,608,077,824 bytes, 3.764 ms at 3350 GB/s"
@@ -124,6 +130,9 @@ def test_a_dry_run_knows_every_case_and_what_it_moves(gpu_cases, launches, csv):
 @needs_triton
 def test_a_dry_run_shows_the_launches_of_forward_and_backward(launches):
     for label, (_, *found) in launches.items():
+        if label.startswith("ranking"):
+            assert not found, label  # CUDA launches its kernels, not Triton
+            continue
         names = [launch.partition(":")[0] for launch in found]
         assert names[0] == "forward_kernel" and names[-1] == "backward_kernel" and "sum_kernel" in names, label
         assert all(re.search(r": grid [1-9]\d*, tile \d+ x \d+, \d+ warps, ", launch) for launch in found), label
@@ -140,6 +149,25 @@ def test_a_dry_run_takes_a_bandwidth_and_tries_other_tiles():
     for line, name in zip(tried[1:], ("forward_tile", "backward_tile"), strict=True):
         found = re.fullmatch(rf"{name}: (Tile\(.*?\)) .* ms; best of (\d+): (Tile\(.*?\)) .* ms, 1.00x", line)
         assert found and found[1] == found[3] and int(found[2]) > 10, line
+
+
+@needs_triton
+def test_without_rich_the_same_table_is_plain(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ImportError('as if it were not installed')")
+    only = ("--dry-run", "--only", "large/CE/4096x32000|ranking/.*/10000x1000", "--figures", str(tmp_path / "figures"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import run; run.main()"
+    done = run(*only, code=code)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.partition("slower than torchfast\n")[2].splitlines()
+    assert table[0].split("  ")[0] == "case" and table[0].endswith("verdict")
+    of_copy = table[0].index("of copy_")
+    rows = [line for line in table if line.startswith(("large/", "ranking/"))]
+    assert len(rows) == 4 and all(line[of_copy:].split()[0] == "1.00" for line in rows)
+    assert "[" not in "".join(rows)
+
+    figures = [json.loads(line) for line in (tmp_path / "figures").read_text().splitlines()]
+    assert [row["case"] for row in figures] == [line.split("  ")[0] for line in rows]
+    assert all(row["of_copy"] == pytest.approx(1, rel=1e-3) for row in figures)
 
 
 @needs_triton
