@@ -91,6 +91,8 @@ def test_every_tensor_argument_is_tested():
 
 def of_dtype(t, dtype):
     """The values, or where torch cannot convert them, any."""
+    if t.is_floating_point() and dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
+        t = t.abs()  # what becomes of a negative number is undefined
     try:
         return t.to(dtype)
     except (RuntimeError, NotImplementedError):
@@ -250,7 +252,7 @@ def test_ops_called_directly_read_any_dtype_as_its_values_or_raise(device):
         for dtype in DTYPES:
             changed = of_dtype(args[place], dtype)
             actual = outputs_of(op, [changed if i == place else t for i, t in enumerate(args)])
-            if isinstance(actual, Exception):
+            if isinstance(actual, Exception) or changed.is_quantized:  # these never come to the kernels of the CPU
                 continue
             changed = in_a_dtype_that_kernels_read(changed)
             expected = outputs_of(op, [changed if i == place else t for i, t in enumerate(args)])
