@@ -44,8 +44,9 @@ NEEDED = {  # by tests, beyond pytest and hypothesis
     "sklearn": ("test_classification", "test_regression"),
     "torchmetrics": ("test_ranking_module", "test_classification_module"),
 }
-#: The first are compared with torch.compile too, which takes seconds a case.
-BENCHMARKED = ("large/(CE/4096x32000|focal/4096x32000/bf16)|sigmoid/focal/16384x4096", "ranking")
+LOSSES = "large/(CE/4096x32000|focal/4096x32000/bf16)|sigmoid/focal/16384x4096"
+REHEARSED = {"losses": "CE/8x128256/bf16", "ranking": "ranking/.*/10000x1000", "others": "CE/1000000x10/fp32"}
+BENCHMARKED = {"losses": LOSSES, "ranking": "^ranking", "others": f"^(?!ranking|{LOSSES})"}
 
 
 # ---- The steps -------------------------------------------------------------------------------
@@ -73,6 +74,8 @@ def info(proof: Proof, seconds: float) -> Outcome:
     outcome = Outcome("info", f"copy_ moves {found['copy_gb_per_s']:.0f} GB/s")
     if not proof.dry:
         outcome.wrong += [f"{name}: {why}" for name, why in found["missing"].items()]
+        if not (code := found["devices"].get("cuda code", "runs")).endswith("runs"):
+            outcome.wrong.append(f"cuda code: {code}")
         expected = {"cross_entropy": "triton", "sigmoid_focal_loss": "triton", "ranking_metrics": "nvcc"}
         for op, needed in expected.items():
             if needed in proof.have and found["kernels"][op]["cuda"] == "reference":
@@ -88,8 +91,8 @@ def selftest(proof: Proof, seconds: float) -> Outcome:
 
 
 def streams(proof: Proof, seconds: float) -> Outcome:
-    stall = min(STALL, seconds / 2)
-    found = crew(proof, "streams", worker(proof, "streams"), 1, seconds, saver(proof, "streams"), stall=stall)
+    count, stall = min(4, proof.processes), min(STALL, 0.7 * seconds)
+    found = crew(proof, "streams", worker(proof, "streams"), count, seconds, saver(proof, "streams"), stall=stall)
     return of_results("streams", "checks", *found)
 
 
@@ -127,19 +130,16 @@ def contract(proof: Proof, seconds: float) -> Outcome:
 
 
 def benchmark(proof: Proof, seconds: float) -> Outcome:
-    """Some losses and the ranking metrics with torch.compile among the peers, then all other losses without."""
+    """Some losses and the ranking metrics with torch.compile among the peers, which takes seconds a case; then all
+    other losses without."""
     ends, figures = time.monotonic() + seconds, proof.out / "benchmark.jsonl"
     options = ["--budget", 0.3, "--rounds", 1, "--csv", proof.out / "benchmark.csv", "--figures", figures]
-    losses, ranked = BENCHMARKED
-    parts: dict[str, tuple[float, list[Any]]] = {  # the first number: of the time that is left then
-        "losses": (0.45, ["--only", losses]),
-        "ranking": (0.6, ["--only", ranked]),
-        "others": (1.0, ["--only", f"^(?!.*({losses}|{ranked}))", "--no-compile"]),
-    }
-    if proof.dry:
-        parts = {"dry run": (1.0, ["--dry-run", "--only", "few rows/CE/8x128256/bf16|ranking/.*/10000x1000"])}
+    shares = {"losses": 0.45, "ranking": 0.6, "others": 1.0}  # of the time that is left then
     cut, problems = False, []
-    for name, (share, chosen) in parts.items():
+    for name, share in shares.items():
+        chosen = ["--only", BENCHMARKED[name], *(["--no-compile"] if name == "others" else [])]
+        if proof.dry:
+            chosen = ["--only", REHEARSED[name], "--dry-run"]
         command = python("benchmarks/run.py", "--device", "cuda", *options, *chosen)
         code, text = bounded(proof, f"benchmark, {name}", command, share * (ends - time.monotonic()))
         cut |= code is None
@@ -204,8 +204,8 @@ STEPS = (
     Step("info", info, 20),
     Step("selftest", selftest, 60),
     Step("ranking", ranking, 60, ("pytest", "hypothesis")),
-    Step("streams", streams, 25),
-    Step("benchmark", benchmark, 120, ("triton",)),
+    Step("streams", streams, 35),
+    Step("benchmark", benchmark, 115, ("triton",)),
     Step("contract", contract, None, ("pytest", "hypothesis")),
     Step("memcheck", sanitizer("memcheck"), 25, ("compute-sanitizer",)),
     Step("racecheck", sanitizer("racecheck"), 25, ("compute-sanitizer",)),

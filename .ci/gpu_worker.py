@@ -3,7 +3,7 @@
 gpu_worker.py probe                  what is here: as JSON
 gpu_worker.py info                   torchfast.info's report, and the bandwidth of copy_: as JSON
 gpu_worker.py selftest [--most N]    the share GPU_WORKER of selftest's samples, one result a line in GPU_LINES
-gpu_worker.py streams                the kernels on side streams and in CUDA graphs, likewise
+gpu_worker.py streams                its share of the kernels on side streams and in CUDA graphs, likewise
 gpu_worker.py kernels                the most important kernels, once each, for a profiler
 """
 
@@ -76,7 +76,14 @@ def synchronize(device: str) -> None:
 # ---- One thing at a time, each with a line ---------------------------------------------------
 
 
-def attempt(lines: Lines, name: str, device: str, check: Callable[[], list[str]], **more: Any) -> None:
+def share() -> tuple[int, int]:
+    """The number of this process, and of all."""
+    worker, workers = map(int, os.environ.get("GPU_WORKER", "0/1").split("/"))
+    return worker, workers
+
+
+def attempt(lines: Lines, name: str, device: str, check: Callable[[], list[str]], taints: bool = False) -> None:
+    """``taints``: after a failure further ones may mean nothing, as behind a capture that broke off."""
     if not lines.begin(name):
         return
     start = time.perf_counter()
@@ -84,12 +91,18 @@ def attempt(lines: Lines, name: str, device: str, check: Callable[[], list[str]]
         failures = check()
     except Exception as error:
         failures = [f"{type(error).__name__}: {error}"]
-    lines.end(name, failures, seconds=time.perf_counter() - start, **more)
-    if failures:
-        try:
-            synchronize(device)
-        except RuntimeError:  # every further call of this process would fail
-            os._exit(LOST)
+    lines.end(name, failures, seconds=time.perf_counter() - start)
+    if failures and (taints or is_lost(device)):
+        os._exit(LOST)  # the next check gets a process of its own
+
+
+def is_lost(device: str) -> bool:
+    """After an illegal access, say, every further call of this process fails."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 # ---- selftest --------------------------------------------------------------------------------
@@ -101,7 +114,7 @@ def selftest(lines: Lines, device: str, dtypes: list[str], most: int | None, nat
     from torchfast.info import report
     from torchfast.selftest import check, checked
 
-    worker, workers = map(int, os.environ.get("GPU_WORKER", "0/1").split("/"))
+    worker, workers = share()
     kernels = report()["kernels"]
     for dtype in dtypes:
         for op in checked().values():
@@ -114,7 +127,8 @@ def selftest(lines: Lines, device: str, dtypes: list[str], most: int | None, nat
                 alone = dataclasses.replace(op, sample_inputs=lambda *_, sample=sample, **__: [sample])
 
                 def failures(alone: Any = alone, dtype: str = dtype) -> list[str]:
-                    return check(alone, device, getattr(torch, dtype)).failures
+                    failed = check(alone, device, getattr(torch, dtype)).failures
+                    return [failure.removeprefix("sample 0: ") for failure in failed]
 
                 attempt(lines, f"{op.name} {dtype}, sample {number}", device, failures)
 
@@ -274,10 +288,11 @@ def checks(
 
 def streams(lines: Lines, machine: Cuda | Rehearsal) -> None:
     torch.manual_seed(0)
-    for name, (make, step) in calls(machine.device).items():
+    worker, workers = share()
+    for name, (make, step) in list(calls(machine.device).items())[worker::workers]:
         exact = not name.startswith("linear")  # whose products another stream may add up in another order
         for what, check in checks(machine, make, step, exact).items():
-            attempt(lines, f"{name}, {what}", machine.device, check)
+            attempt(lines, f"{name}, {what}", machine.device, check, taints=True)
 
 
 # ---- For a profiler --------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_the_rehearsal_runs_losses_and_ranking_on_streams_and_in_graphs(rehearsa
 
 def test_the_rehearsal_benchmarks_losses_and_ranking(rehearsal):
     rows = [json.loads(line) for line in (rehearsal[0] / "benchmark.jsonl").read_text().splitlines()]
-    assert {row["case"].split("/")[0] for row in rows} == {"few rows", "ranking"}
+    assert {row["case"].split("/")[0] for row in rows} == {"few rows", "ranking", "small classes"}
     assert all(row["of_copy"] == pytest.approx(1, rel=1e-3) and row["graph_ms"] and not row["notes"] for row in rows)
     assert step(rehearsal, "benchmark") == f"{len(rows)} cases"
 
@@ -246,19 +246,22 @@ def test_a_process_that_does_not_come_as_far_as_a_check_is_a_failure(proof):
 
 
 TESTS = """
-import os, pytest
+import os, pytest, sys, types
 @pytest.mark.parametrize("x", range(5))
 def test_many(x): pass
-def test_wrong(): assert 1 == 2, "not the same"
+def test_wrong():
+    def synchronize(): raise RuntimeError("an illegal memory access was encountered")
+    sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(
+        is_initialized=lambda: True, synchronize=synchronize))
+    assert 1 == 2, "not the same"
 def test_left_out(): pytest.skip("a reason")
 def test_under_compile(): pass
 def test_crashes(): os.kill(os.getpid(), 11)
-@pytest.mark.gpu
-def test_last(): pass
+def test_last(): assert "torch" not in sys.modules
 """
 
 
-def test_pytest_goes_on_behind_a_crash_and_writes_junit(proof, tmp_path):
+def test_pytest_goes_on_behind_a_crash_or_a_lost_gpu_and_writes_junit(proof, tmp_path):
     (tmp_path / "test_here.py").write_text(TESTS)
     (tmp_path / "test_broken.py").write_text("import a_module_that_is_not_there")
     options = ["-q", "-p", "gpu_pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
@@ -293,6 +296,53 @@ def test_results_are_read_up_to_a_line_that_was_cut_short(tmp_path):
     again = gpu_report.Lines(lines.path)
     assert [line["end"] for line in gpu_report.results([again])] == ["a"]
     assert gpu_report.unfinished(again) == "b" and not again.begin("b")
+
+
+# ---- What only a GPU would show ----------------------------------------------------------------
+
+STREAMS = """
+import contextlib, os, pathlib, torch, gpu_worker
+class Stream:
+    def __init__(self, *_): pass
+class CUDAGraph:
+    def replay(self): pass
+cuda = dict(Stream=Stream, CUDAGraph=CUDAGraph, synchronize=lambda: None, _sleep=lambda clocks: None)
+cuda |= dict.fromkeys(("stream", "graph"), lambda *_, **__: contextlib.nullcontext())
+for name, stub in cuda.items():
+    setattr(torch.cuda, name, stub)
+every = gpu_worker.calls("cpu")
+gpu_worker.calls = lambda device: {"ranking": every["ranking 10x50"]}
+machine = gpu_worker.Cuda()
+machine.device = "cpu"
+gpu_worker.streams(gpu_worker.Lines(pathlib.Path(os.environ["GPU_LINES"])), machine)
+"""
+
+
+def test_a_graph_that_does_not_replay_is_noticed(proof):
+    """On stubs of torch's streams, which are none, and of its graphs, which compute nothing."""
+    found, cut = run_crew(proof, [], code=STREAMS, seconds=600, stall=300)
+    assert not cut and found["ranking, on a side stream"] == found["ranking, on four streams at once"] == ""
+    assert "Tensor-likes are not equal" in found["ranking, in a CUDA graph"]
+
+
+def test_every_test_that_takes_a_device_is_in_the_contract():
+    takes_one = {
+        path.stem
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"def test_\w+\([^)]*\bdevice\b", path.read_text())
+    }
+    ours = {*gpu_proof.RANKING, *gpu_proof.CONTRACT}
+    assert takes_one <= ours
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in ours)
+
+
+def test_the_benchmarks_parts_are_all_cases_and_each_once():
+    pytest.importorskip("triton", reason="the GPU's benchmark needs triton, which is not installed")
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--device", "cuda", "--list"]
+    environment = clean(PYTHONPATH=str(ROOT))
+    labels = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    parts = [{label for label in labels if re.search(only, label)} for only in gpu_proof.BENCHMARKED.values()]
+    assert sorted(label for part in parts for label in part) == sorted(labels) and all(parts)
 
 
 # ---- The summary -----------------------------------------------------------------------------
