@@ -280,9 +280,11 @@ def build(proof: Proof, seconds: float, capability: str | None) -> Outcome:
     code, text = bounded(proof, "build", command, seconds, MAX_JOBS=str(proof.cores), **archs)
     outcome = Outcome("build", "done", seconds=time.monotonic() - began)
     fallback = [line for line in text.splitlines() if line.startswith("torchfast: ")]  # to pure Python
+    if code is None:
+        fallback = [f"stopped after {seconds:.0f} s"]
     if code != 0 or fallback:
         outcome.said = "failed"
-        outcome.wrong = fallback or [f"stopped after {seconds:.0f} s" if code is None else last_line(text)]
+        outcome.wrong = fallback or [last_line(text)]
     return outcome
 
 
