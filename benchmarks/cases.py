@@ -70,6 +70,8 @@ class Case:
     """Tensors of the logits' size and dtype that both passes must read besides them."""
     features: int = 1
     """Of the linear layer that makes the logits; the shape has them too."""
+    bytes_read: int = 0
+    """By a metric, which writes next to nothing and has no gradient: the size of its inputs."""
 
     @property
     def elements(self) -> int:
@@ -79,7 +81,7 @@ class Case:
     @property
     def moved(self) -> int:
         """Bytes that loss and gradient must at least move: forward reads, backward reads and writes."""
-        return (3 + 2 * self.read_too) * self.elements * self.dtype.itemsize
+        return self.bytes_read or (3 + 2 * self.read_too) * self.elements * self.dtype.itemsize
 
     @property
     def label(self) -> str:

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import gc
 import itertools
-import math
 import shutil
 import statistics
 import subprocess
@@ -33,20 +32,29 @@ import triton
 import triton.testing
 from cases import FLOORS, PEER_TOLERANCE, TOLERANCE, Case, Inputs, Step, Truth, failure, private, timings
 from overview import overview
-from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchfast.losses.cross_entropy import triton_launch
 from torchfast.losses.sigmoid_focal_loss import triton_launch as sigmoid_launch
 
+try:
+    from rich.console import Console
+except ImportError:
+    from plain import Console
+
 MOVED = {"fwd": 1, "fwd+bwd": 3, "graph": 3, "floor": 2}  # times the size of the logits, at least
-PEERS = ("eager", "torch.compile", "liger")
+PEERS = ("eager", "torch.compile", "liger", "torchmetrics")
 #: Why a capture is not even tried: one that fails may leave the allocator in capture, for all that follow.
-WAITS = {"liger": "no graph: it reads counts back to the host (.item())"}
+WAITS = {
+    "liger": "no graph: it reads counts back to the host (.item())",
+    "torchmetrics": "no graph: it takes each query in turn, on the host",
+}
 AIM = 0.9  # of the copy bandwidth, for rows of at least 4k classes
 
 Run = Callable[[], Any]
+Written = tuple[Tensor, Tensor | None]
+"""The loss and its gradient; or a metric's values, without one."""
 
 
 # ---- The GPU ----------------------------------------------------------------------------------
@@ -69,6 +77,9 @@ class Gpu:
     def remark(self, case: Case) -> str:
         return ""
 
+    def figures(self, case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return figures(case, rows)
+
     def peak_memory(self, step: Step, inputs: Inputs) -> tuple[int, int] | tuple[None, None]:
         """Extra bytes at the worst moment until the loss, and until the gradient (which counts)."""
         gc.collect()
@@ -85,7 +96,7 @@ class Gpu:
         """Seconds of each call. ``moved``: bytes, all that a clock without a GPU has to go by."""
         return [ms / 1e3 for ms in triton.testing.do_bench(run, milliseconds / 4, milliseconds, return_mode="all")]
 
-    def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Run, tuple[Tensor, ...]]:
+    def capture(self, run: Callable[[], Written]) -> tuple[Run, Written]:
         """The replay of a run, and the tensors that it writes."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         gc.collect()  # a graph has memory of its own, and a capture frees nobody else's
@@ -101,7 +112,6 @@ class Gpu:
         self, steps: dict[str, Step], inputs: list[Inputs], truth: Truth, args: argparse.Namespace
     ) -> dict[str, dict[str, list[float] | str]]:
         """By contender and by what was timed: seconds, or why there are none."""
-        nbytes = inputs[0][0].nbytes
         samples: dict[str, dict[str, list[float] | str]] = {name: {} for name in steps}
         runs = {}
         for name, step in steps.items():
@@ -113,7 +123,7 @@ class Gpu:
         for _, ((name, what), run) in itertools.product(range(args.rounds), runs.items()):
             if isinstance(samples[name][what], list):
                 try:
-                    samples[name][what] += self.time(run, MOVED[what] * nbytes, milliseconds)
+                    samples[name][what] += self.time(run, moved(what, inputs[0]), milliseconds)
                 except Exception as problem:
                     if name in FLOORS:  # nothing to compare with
                         raise
@@ -124,7 +134,7 @@ class Gpu:
         return samples
 
     def replay(self, step: Step, inputs: list[Inputs], truth: Truth, args: argparse.Namespace) -> list[float] | str:
-        def run() -> tuple[Tensor, ...]:
+        def run() -> Written:
             for each in reversed(inputs):
                 written = with_gradient(step)(*each)
             return written  # of the first, whose truth is known
@@ -132,13 +142,14 @@ class Gpu:
         try:
             replay, written = self.capture(run)
             for tensor in written:
-                tensor.zero_()
+                if tensor is not None:
+                    tensor.zero_()
             replay()
             errors, allowed = truth.errors(*written), PEER_TOLERANCE[inputs[0][0].dtype]
             if not all(e <= allowed for e in errors):
                 return f"wrong in a graph: errors {errors[0]:.1e}, {errors[1]:.1e}, allowed {allowed}"
-            moved = MOVED["graph"] * len(inputs) * inputs[0][0].nbytes
-            return [t / len(inputs) for t in self.time(replay, moved, 1e3 * args.budget / 10)]
+            times = self.time(replay, len(inputs) * moved("graph", inputs[0]), 1e3 * args.budget / 10)
+            return [t / len(inputs) for t in times]
         except Exception as problem:
             return "no graph: " + failure(problem)
 
@@ -148,9 +159,20 @@ def rotating(step: Step, inputs: list[Inputs]) -> Run:
     return lambda: step(*next(turn))
 
 
-def with_gradient(step: Step) -> Callable[..., tuple[Tensor, Tensor]]:
-    def loss_and_gradient(*inputs: Any) -> tuple[Tensor, Tensor]:
+def moved(what: str, inputs: Inputs) -> int:
+    """Bytes, at least. A metric reads its inputs."""
+    if inputs[0].requires_grad or what == "floor":
+        return MOVED[what] * inputs[0].nbytes
+    return sum(tensor.nbytes for tensor in inputs)
+
+
+def with_gradient(step: Step) -> Callable[..., Written]:
+    """A metric has none."""
+
+    def loss_and_gradient(*inputs: Any) -> Written:
         loss = step(*inputs)
+        if not loss.requires_grad:
+            return loss, None
         loss.backward()
         gradient, inputs[0].grad = inputs[0].grad, None
         return loss.detach(), gradient
@@ -174,7 +196,11 @@ class ShapeTruth:
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
-    def errors(self, loss: Tensor, gradient: Tensor) -> tuple[float, float]:
+    def errors(self, loss: Tensor, gradient: Tensor | None) -> tuple[float, float]:
+        if not self.logits.requires_grad:
+            if loss.dim() != 1 or gradient is not None:
+                raise ValueError(f"values of shape {tuple(loss.shape)}, gradient {gradient}, expected a value a metric")
+            return 0.0, 0.0
         got, expected = ((t.shape, t.dtype, t.stride()) for t in (gradient, self.logits))
         if loss.shape != () or got != expected:
             raise ValueError(f"loss of shape {tuple(loss.shape)}, gradient {got}, expected a scalar and {expected}")
@@ -184,7 +210,7 @@ class ShapeTruth:
 class DryRun(Gpu):
     device = "meta"
     max_rotated = 2
-    unable = ("liger",)  # it reads data back
+    unable = ("liger", "torchmetrics")  # they read data back
 
     def __init__(self, bandwidth: float) -> None:
         self.bandwidth = bandwidth
@@ -209,7 +235,7 @@ class DryRun(Gpu):
         run()
         return [moved / self.bandwidth / 1e9]
 
-    def capture(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Run, tuple[Tensor, ...]]:
+    def capture(self, run: Callable[[], Written]) -> tuple[Run, Written]:
         return run, run()
 
     def take_turns(self, *args: Any) -> dict[str, dict[str, list[float] | str]]:
@@ -230,11 +256,10 @@ class ToTheLaunchers(TorchDispatchMode):
     """The dispatcher gives only a GPU's tensors to the Triton launchers; here it gives them meta tensors."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        launcher = op
-        if op.namespace == "torchfast":
-            name = op.name().partition("::")[2]
-            launcher = getattr(sigmoid_launch if name.startswith("sigmoid") else triton_launch, name)
-        return launcher(*args, **(kwargs or {}))
+        name = op.name().partition("::")[2] if op.namespace == "torchfast" else ""
+        if name.startswith(("cross_entropy", "sigmoid")):  # the ranking metrics' kernels are CUDA's
+            op = getattr(sigmoid_launch if name.startswith("sigmoid") else triton_launch, name)
+        return op(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -254,12 +279,31 @@ def machine(args: argparse.Namespace) -> Iterator[Gpu]:
 # ---- The table --------------------------------------------------------------------------------
 
 
+def figures(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line of the table: None for what was not measured. Of a peer: how many times slower it is."""
+    times = {(r["contender"], r["what"]): float(r["p50_ms"]) for r in rows if "p50_ms" in r}
+    ours, copy = times.get(("torchfast", "fwd+bwd")), times["copy_", "floor"]
+    copied = MOVED["floor"] * case.elements * case.dtype.itemsize / copy / 1e6
+    achieved = case.moved / ours / 1e6 if ours else None
+    return {
+        "case": case.label,
+        "fwd_ms": times.get(("torchfast", "fwd")),
+        "ms": ours,
+        "gb_per_s": achieved,
+        "copy_gb_per_s": copied,
+        "of_copy": achieved and achieved / copied,
+        "times_slower": {peer: times[peer, "fwd+bwd"] / ours for peer in PEERS if ours and (peer, "fwd+bwd") in times},
+        "graph_ms": times.get(("torchfast", "graph")),
+        "notes": [f"{r['contender']}: {r['note']}" for r in rows if r["note"]],
+    }
+
+
 def report(console: Console, results: list[tuple[Case, list[dict[str, Any]]]]) -> None:
     shown, notes = [], []
     for case, rows in results:
-        times = {(r["contender"], r["what"]): float(r["p50_ms"]) for r in rows if "p50_ms" in r}
-        shown.append((case, figures(case, times)))
-        notes += [f"{case.label}, {r['contender']}: {r['note']}" for r in rows if r["note"]]
+        found = figures(case, rows)
+        shown.append((case, cells(case, found)))
+        notes += [f"{case.label}, {note}" for note in found["notes"]]
     console.print("Medians. Peers: how many times slower than torchfast, forward + backward")
     headings = ("fwd ms\nfwd+bwd ms\ngraph ms", "GB/s\ncopy_ GB/s\nof copy_", "\n".join(PEERS))
     console.print(overview(headings, shown), soft_wrap=False)
@@ -268,30 +312,27 @@ def report(console: Console, results: list[tuple[Case, list[dict[str, Any]]]]) -
         console.print(note, style="red", markup=False)
 
 
-def figures(case: Case, times: dict[tuple[str, str], float]) -> list[str]:
+def cells(case: Case, found: dict[str, Any]) -> list[str]:
     def text(value: float | None, unit: str = "") -> str:
         return f"{value:.4g}{unit}" if value else "-"
 
-    ours, copy = times.get(("torchfast", "fwd+bwd")), times["copy_", "floor"]
-    nbytes = math.prod(case.shape) * case.dtype.itemsize
-    copied = MOVED["floor"] * nbytes / copy / 1e6
-    achieved = ours and case.moved / ours / 1e6
-    ratios = {peer: times[peer, "fwd+bwd"] / ours for peer in PEERS if ours and (peer, "fwd+bwd") in times}
-    of_copy = achieved and achieved / copied
-    cells = (
-        [text(times.get(("torchfast", "fwd"))), text(ours), text(times.get(("torchfast", "graph")))],
-        [text(achieved), text(copied), f"{of_copy:.2f}" if of_copy else "-"],
-        [text(ratios.get(peer), "x") for peer in PEERS],
+    of_copy, slower = found["of_copy"], found["times_slower"]
+    columns = (
+        [text(found[name]) for name in ("fwd_ms", "ms", "graph_ms")],
+        [text(found["gb_per_s"]), text(found["copy_gb_per_s"]), f"{of_copy:.2f}" if of_copy else "-"],
+        [text(slower.get(peer), "x") for peer in PEERS],
     )
-    return [*map("\n".join, cells), verdict(case, of_copy, ratios) if of_copy else "[red]not timed"]
+    return [*map("\n".join, columns), verdict(case, of_copy, slower)]
 
 
-def verdict(case: Case, of_copy: float, ratios: dict[str, float]) -> str:
-    if not ratios:
+def verdict(case: Case, of_copy: float | None, times_slower: dict[str, float]) -> str:
+    if of_copy is None:
+        return "[red]not timed"
+    if not times_slower:
         return "-"
-    if slower := [peer for peer, ratio in ratios.items() if ratio < 0.95]:  # 5% is noise
+    if slower := [peer for peer, ratio in times_slower.items() if ratio < 0.95]:  # 5% is noise
         return f"[red]slower: {', '.join(slower)}"
-    if case.shape[1] < 4096:
+    if case.shape[1] < 4096 or case.bytes_read:  # a metric sorts, and has no aim yet
         return "-"
     return "[green]met" if of_copy >= AIM else f"[yellow]below {AIM:g}"
 
@@ -303,7 +344,7 @@ def autotune(chosen: list[Case], args: argparse.Namespace, machine: Gpu, set_up:
     """Prints for each case and direction the launcher's tile and the fastest of the others."""
     console = Console(width=160, highlight=False)
     for case in chosen:
-        if case.family == "sigmoid":  # elementwise: one tile for all
+        if case.family == "sigmoid" or case.bytes_read:  # elementwise: one tile for all; a metric: CUDA
             continue
         inputs = set_up(case, machine)
         truth = machine.truth(case, inputs[0])
@@ -324,7 +365,7 @@ def best_tile(
             errors = truth.errors(*with_gradient(step)(*inputs[0]))
             if not all(e <= limit for e, limit in zip(errors, limits, strict=True)):
                 raise ValueError(f"wrong: errors {errors[0]:.1e}, {errors[1]:.1e}")
-            return 1e3 * statistics.median(machine.time(run, MOVED[what] * inputs[0][0].nbytes, milliseconds))
+            return 1e3 * statistics.median(machine.time(run, moved(what, inputs[0]), milliseconds))
 
     own = launchers_tile(name, step, inputs[0])
     medians, failures = {}, []

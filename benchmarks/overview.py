@@ -6,7 +6,11 @@ import itertools
 from collections.abc import Sequence
 
 from cases import Case
-from rich.table import Table
+
+try:
+    from rich.table import Table
+except ImportError:
+    from plain import Table
 
 
 def overview(headings: Sequence[str], rows: list[tuple[Case, list[str]]]) -> Table:

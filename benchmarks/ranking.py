@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -167,22 +168,26 @@ def read(preds: Tensor, target: Tensor) -> Tensor:
 
 
 def ranking_case(
-    shape: tuple[int, int], relevant: int, aims: Aims, *, peers: bool = False, family: str = "ranking"
+    shape: tuple[int, int], relevant: int, aims: Aims, *, peers: tuple[str, ...] = (), family: str = "ranking"
 ) -> Case:
     steps = {"torchfast": fast, "eager": naive}
-    if peers:
-        steps |= {name: step for name, (module, step) in PEERS.items() if importlib.util.find_spec(module)}
+    for name in peers:
+        module, step = PEERS[name]
+        if importlib.util.find_spec(module):
+            steps[name] = step
+    graded = bool(peers)
     return Case(
-        family + " peers" * peers,
-        "ranking, " * (family == "scaling") + f"{relevant} relevant" + ", graded" * peers,
+        family + " peers" * graded,
+        "ranking, " * (family == "scaling") + f"{relevant} relevant" + ", graded" * graded,
         shape,
         torch.float32,
-        lambda device: ranking_inputs(shape, relevant, peers, device),
+        lambda device: ranking_inputs(shape, relevant, graded, device),
         steps,
         truth,
         aims,
         floors={"read": read},
-        slow=peers,
+        slow=graded,
+        bytes_read=math.prod(shape) * (4 + (8 if graded else 1)),  # targets are int64, or bool
     )
 
 
@@ -193,6 +198,16 @@ def ranking_cases() -> Iterator[Case]:
     yield ranking_case((10_000, 1000), 10, few._replace(read=3))
     yield ranking_case((10_000, 1000), 500, half)
     yield ranking_case((500, 50_000), 20, few._replace(read=2))
-    yield ranking_case((10_000, 100), 10, few, peers=True)
+    yield ranking_case((10_000, 100), 10, few, peers=tuple(PEERS))
     for doubling in range(7):
         yield ranking_case((1250 * 2**doubling, 100), 10, NO_AIMS, family="scaling")
+
+
+def gpu_ranking_cases() -> Iterator[Case]:
+    """Each kernel: a warp a query, a block a query, several blocks a query; and torchmetrics, which runs on GPUs."""
+    yield ranking_case((100_000, 100), 5, NO_AIMS)
+    yield ranking_case((10_000, 1000), 10, NO_AIMS)
+    yield ranking_case((10_000, 1000), 500, NO_AIMS)
+    yield ranking_case((500, 50_000), 20, NO_AIMS)
+    yield ranking_case((16, 1_000_000), 50, NO_AIMS)
+    yield ranking_case((1000, 100), 10, NO_AIMS, peers=("torchmetrics",))

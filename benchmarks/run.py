@@ -24,6 +24,7 @@ import ctypes
 import datetime
 import gc
 import itertools
+import json
 import math
 import os
 import platform
@@ -54,12 +55,16 @@ from cases import (
 from classification import classification_cases
 from linear import linear_cases
 from overview import overview
-from ranking import ranking_cases
-from rich.console import Console
+from ranking import gpu_ranking_cases, ranking_cases
 
 import torchfast
 from torchfast import _native, _triton
 from torchfast._env import flag
+
+try:
+    from rich.console import Console
+except ImportError:
+    from plain import Console
 
 if TYPE_CHECKING:
     from gpu import Gpu
@@ -386,18 +391,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--budget", type=float, help="seconds of timing per case; default 3, quick 1")
+    parser.add_argument("--rounds", type=int, help="turns of each contender, at least; default 5, quick 3")
     gpu = parser.add_argument_group("of the GPU's benchmark")
     gpu.add_argument("--dry-run", action="store_true", help="all but the GPU: what would run, on tensors without data")
     gpu.add_argument("--bandwidth", type=float, default=3350, help="GB/s that a dry run assumes; default an H100's")
+    gpu.add_argument("--figures", type=Path, help="append each case's line of the table to this file, as JSON")
     gpu.add_argument("--autotune", action="store_true", help="other tiles against the launcher's; changes nothing")
     args = parser.parse_args()
     if args.dry_run:
         args.device, args.compile = "cuda", False
-    if args.autotune and args.device == "cpu":
-        parser.error("--autotune needs --device cuda or --dry-run")
+    if (args.autotune or args.figures) and args.device == "cpu":
+        parser.error("--autotune and --figures need --device cuda or --dry-run")
     args.csv = args.csv or HERE / "results" / f"{args.device}.csv"
     args.budget = args.budget or (1.0 if args.quick else 3.0)
-    args.rounds = 1 if args.dry_run else 3 if args.quick else 5
+    args.rounds = 1 if args.dry_run else args.rounds or (3 if args.quick else 5)
     return args
 
 
@@ -407,7 +414,8 @@ def cpu_cases() -> tuple[Case, ...]:
 
 def main() -> None:
     args = parse()
-    chosen = [c for c in (gpu_cases() if args.device == "cuda" else cpu_cases()) if re.search(args.only, c.label)]
+    of_device = (*gpu_cases(), *gpu_ranking_cases()) if args.device == "cuda" else cpu_cases()
+    chosen = [c for c in of_device if re.search(args.only, c.label)]
     if args.quick:
         chosen = [c for c in chosen if c.elements <= QUICK_ELEMENTS[args.device] and not c.slow]
     if not chosen:
@@ -450,6 +458,9 @@ def run(chosen: list[Case], args: argparse.Namespace, machine: Cpu | Gpu, show: 
                 continue
             if not args.dry_run:
                 append(args.csv, [origin | row for row in rows])
+            if args.figures:
+                with args.figures.open("a") as file:
+                    print(json.dumps(machine.figures(case, rows)), file=file)
             results.append((case, rows))
             said = machine.remark(case) or f"{time.perf_counter() - began:.1f} s"
             console.print(f"{number}/{len(chosen)} {case.label}: {said}", highlight=False, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("rich", reason="the benchmarks print with rich, which is not installed")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the GPU's benchmark needs triton, which is not installed"
 )
@@ -54,14 +54,16 @@ def launches(csv: Path) -> dict[str, list[str]]:
     for line in lines("--device", "cuda", "--dry-run", "--csv", str(csv)):
         if found := re.match(r"\d+/\d+ (.*): (moves .*)", line):
             of_case = printed[found[1]] = [found[2]]
+        elif line.startswith("Medians"):  # of the table at the end
+            return printed
         elif line.startswith("    "):
             of_case.append(line.strip())
-    return printed
+    raise AssertionError("there is no table")
 
 
 def test_both_devices_list_their_cases(gpu_cases):
     assert "tiny/CE/8x2/fp32" in lines("--list")
-    shapes = {label.split("/")[2] for label in gpu_cases}
+    shapes = {label.split("/")[2] for label in gpu_cases if not label.startswith("ranking")}
     assert shapes == {
         "4096x32000",
         "16384x128256",
@@ -73,6 +75,8 @@ def test_both_devices_list_their_cases(gpu_cases):
         "16384x4096",
         "1000000x80",
     }
+    documents = {label.split("/")[2].partition("x")[2] for label in gpu_cases if label.startswith("ranking/")}
+    assert documents == {"100", "1000", "50000", "1000000"}  # each kernel
     assert len(set(gpu_cases)) == len(gpu_cases)
 
 
@@ -114,7 +118,11 @@ def test_a_dry_run_knows_every_case_and_what_it_moves(gpu_cases, launches, csv):
     assert list(launches) == gpu_cases
     for label, (moves, *_) in launches.items():
         family, name, shape, dtype = label.split("/")
-        nbytes = math.prod(map(int, shape.split("x"))) * BYTES[dtype]
+        elements = math.prod(map(int, shape.split("x")))
+        if family.startswith("ranking"):  # scores and targets are read once
+            assert moves.startswith(f"moves {elements * (4 + (8 if 'graded' in name else 1)):,} bytes, "), label
+            continue
+        nbytes = elements * BYTES[dtype]
         times = 5 if family == "sigmoid" and "class ids" not in name else 3  # float targets are read twice
         assert moves.startswith(f"moves {times * nbytes:,} bytes, "), label
     assert launches["large/CE/16384x128256/bf16"][0] == "moves 12,608,077,824 bytes, 3.764 ms at 3350 GB/s"
@@ -124,6 +132,9 @@ def test_a_dry_run_knows_every_case_and_what_it_moves(gpu_cases, launches, csv):
 @needs_triton
 def test_a_dry_run_shows_the_launches_of_forward_and_backward(launches):
     for label, (_, *found) in launches.items():
+        if label.startswith("ranking"):
+            assert not found, label  # CUDA launches its kernels, not Triton
+            continue
         names = [launch.partition(":")[0] for launch in found]
         assert names[0] == "forward_kernel" and names[-1] == "backward_kernel" and "sum_kernel" in names, label
         assert all(re.search(r": grid [1-9]\d*, tile \d+ x \d+, \d+ warps, ", launch) for launch in found), label
@@ -140,6 +151,23 @@ def test_a_dry_run_takes_a_bandwidth_and_tries_other_tiles():
     for line, name in zip(tried[1:], ("forward_tile", "backward_tile"), strict=True):
         found = re.fullmatch(rf"{name}: (Tile\(.*?\)) .* ms; best of (\d+): (Tile\(.*?\)) .* ms, 1.00x", line)
         assert found and found[1] == found[3] and int(found[2]) > 10, line
+
+
+@needs_triton
+def test_without_rich_the_same_table_is_plain(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ImportError('as if it were not installed')")
+    only = ("--dry-run", "--only", "large/CE/4096x32000|ranking/.*/10000x1000", "--figures", str(tmp_path / "figures"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import run; run.main()"
+    done = run(*only, code=code)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.partition("Medians")[2]
+    assert "[" not in table and table.split().count("1.00") == 4  # of the bandwidth of copy_
+    assert re.search(r"^case +fwd ms +GB/s +eager +verdict$", table, re.M)
+
+    figures = [json.loads(line) for line in (tmp_path / "figures").read_text().splitlines()]
+    assert len(figures) == 4 and all(row["of_copy"] == pytest.approx(1, rel=1e-3) for row in figures)
+    for row in figures:
+        assert re.search(rf"^{row['case'].partition('/')[2].replace('/', ' ')}  ", table, re.M)
 
 
 @needs_triton

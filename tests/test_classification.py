@@ -256,6 +256,23 @@ def test_one_versus_rest_of_logits_ranks_probabilities(device):
     same(metrics.roc_auc_score(x, y, from_logits=True, average="weighted"), expected)
 
 
+@pytest.mark.usefixtures("checked")
+def test_areas_of_one_vs_rest_decision_values_are_those_of_multilabel(device):
+    """Each class by its own scores: as the error says, not by the softmax, which is another number."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=g, dtype=torch.float64), torch.arange(60) % 4
+    one_hot = torch.nn.functional.one_hot(y, 4)
+    for ours, theirs in (
+        (metrics.roc_auc_score, sk.roc_auc_score),
+        (metrics.average_precision_score, sk.average_precision_score),
+    ):
+        with pytest.raises(ValueError, match="one-vs-rest classifiers give one-hot targets and task='multilabel'"):
+            ours(x.to(device), y.to(device))
+        found = ours(x.to(device), one_hot.to(device), task="multilabel")
+        same(found, theirs(one_hot.numpy(), x.numpy()))
+        assert abs(found - ours(x.to(device), y.to(device), from_logits=True)) > 1e-3
+
+
 # ---- Multilabel ----------------------------------------------------------------------------------
 
 
@@ -571,7 +588,7 @@ def test_wrong_arguments_are_named(device):
     refused(TypeError, "preds must be scores, of a floating dtype, for 'roc_auc'", y, y, "roc_auc", num_classes=3)
     refused(TypeError, "preds must be scores, of a floating dtype, for 'accuracy@2'", y, y, "accuracy@2", num_classes=3)
     refused(TypeError, "preds must be float32.*got torch.float8_e5m2", x.to(torch.float8_e5m2), y, "accuracy")
-    refused(TypeError, "preds must be a tensor, got list", [0.5], y, "accuracy")
+    refused(TypeError, "preds must be a tensor of bool, integers or floats, got list", [0.5], y, "accuracy")
     refused(TypeError, "target must be a tensor of bool, integers", x, y * 1j, "accuracy")
     refused(TypeError, "sample_weight must be a tensor of a floating dtype", x, y, "accuracy", sample_weight=y)
     refused(ValueError, r"sample_weight's shape must be \(4,\)", x, y, "accuracy", sample_weight=x)

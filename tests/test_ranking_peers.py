@@ -4,11 +4,14 @@ one open, a test says so. The peers that are not installed are skipped (they are
 from __future__ import annotations
 
 import math
+import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from torchfast.metrics import ranking_metrics
+from torchfast.metrics import average_precision_score, ranking_metrics
 
 TOLERANCE = 1e-6
 KS = (1, 3, 5, 10, 40)
@@ -96,6 +99,16 @@ def test_sklearn_label_ranking_average_precision_counts_all_tied_documents():
     )
     assert sklearn.label_ranking_average_precision_score([[0, 0, 0]], preds.numpy()) == 1
     assert ranking_metrics(preds, target * 0, "map", preset="sklearn")["map"] == 0
+
+
+def test_sklearn_average_precision_of_tied_scores_is_not_map():
+    """It takes all documents of a score at once; that is our average_precision_score, not an order's map."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    preds, target = torch.tensor([0.5, 0.5, 0.1]), torch.tensor([0, 1, 1])
+    assert sklearn.average_precision_score(target, preds) == pytest.approx(1 / 4 + 1 / 3)
+    assert average_precision_score(preds, target) == pytest.approx(1 / 4 + 1 / 3)
+    of_map = ranking_metrics(preds[None], target[None], "map", preset="sklearn")["map"]
+    assert of_map == pytest.approx(((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
 
 
 # ---- torchmetrics ----------------------------------------------------------------------------------
@@ -242,6 +255,49 @@ def test_trec_eval_reads_scores_in_single_precision():
     assert by_trec_eval(preds, target, target + 1)["mrr"] == [1.0]
     assert ranking_metrics(preds, target, "mrr", preset="trec_eval")["mrr"] == 0.5
     assert ranking_metrics(preds.float(), target, "mrr", preset="trec_eval")["mrr"] == 1.0
+
+
+# ---- The recipe of the docs for qrels and runs -------------------------------------------------------
+
+
+@pytest.fixture
+def collection():
+    """Its tensors_of; judgements of which some are negative or not retrieved; results of which some are not judged or
+    tied, and queries without results or without judgements."""
+    page = Path(__file__).parents[1] / "docs" / "ranking-metrics.md"
+    (recipe,) = re.findall(r"^def tensors_of.*?\n\n", page.read_text(), re.M | re.S)
+    namespace = {"torch": torch}
+    exec(recipe, namespace)
+    rng = random.Random(0)
+    names = [f"d{i}" for i in range(60)]
+    qrels = {f"q{q}": {d: rng.choice((-1, 0, 0, 1, 2)) for d in rng.sample(names, 15)} for q in range(20)}
+    run = {f"q{q}": {d: float(rng.randrange(12)) for d in rng.sample(names, 40)} for q in range(5, 25)}
+    return namespace["tensors_of"], qrels, run
+
+
+def test_the_recipe_gives_trec_evals_means(collection):
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    tensors_of, qrels, run = collection
+    expected = pytrec_eval.RelevanceEvaluator(qrels, pytrec_eval.supported_measures).evaluate(run)
+    queries = sorted(qrels.keys() & run.keys())
+    assert sorted(expected) == queries
+    for counted in queries, sorted(qrels):  # without and with -c
+        found = ranking_metrics(**tensors_of(qrels, run, counted), metrics=list(TREC_EVAL), preset="trec_eval")
+        for name, theirs in TREC_EVAL.items():
+            assert_peer(found[name], math.fsum(of[theirs] for of in expected.values()) / len(counted), name)
+
+
+def test_the_recipe_gives_ranxs_means(collection):
+    """Whose order of tied documents, and whose dcg of negative judgements, are its own."""
+    ranx = pytest.importorskip("ranx", reason="ranx is not installed")
+    tensors_of, qrels, run = collection
+    qrels = {q: {d: max(grade, 0) for d, grade in judged.items()} for q, judged in qrels.items()}
+    run = {q: {d: s + i / 100 for i, (d, s) in enumerate(found.items())} for q, found in run.items()}
+    names = ["map", "mrr", "precision@10", "ndcg@10", "recall@20"]
+    expected = ranx.evaluate(ranx.Qrels(qrels), ranx.Run(run), names, make_comparable=True)
+    found = ranking_metrics(**tensors_of(qrels, run, sorted(qrels)), metrics=names, preset="ranx")
+    for name in names:
+        assert_peer(found[name], expected[name], name)
 
 
 # ---- ranx ------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_wrong_arguments_are_named(device):
     refused(TypeError, "metrics must be strings", x, x, [1])
     refused(ValueError, "multioutput must be 'uniform_average'", x, x, "mae", multioutput="mean")
     refused(ValueError, "nan must be 'error' or 'propagate'", x, x, "mae", nan="last")
-    refused(TypeError, "preds must be a tensor, got list", [1.0], x, "mae")
+    refused(TypeError, "preds must be a tensor of floats or integers, got list", [1.0], x, "mae")
     refused(TypeError, "target must be a tensor of floats or integers, got torch.bool", x, x > 0.5, "mae")
     refused(ValueError, r"preds' shape must be \(N,\) or \(N, outputs\)", x[None, None], x[None, None], "mae")
     refused(ValueError, r"target's shape must be preds' shape \(4,\), got \(3,\)", x, x[:3], "mae")

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: Without float8_e8m0fnu, of exponents alone: it has no 0, and torch's stable ABI does not know it.
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+#: The dtypes of real numbers that torch computes with or converts. It has others, packed, quantised or bits, of
+#: which is_floating_point() and is_complex() say nothing: so what is taken is listed.
+FLOATS = frozenset((*LOGITS_DTYPES, *FLOAT8))
+INTEGERS = frozenset(
+    (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+)
+REALS = FLOATS | INTEGERS | {torch.bool}
+BOOL = frozenset((torch.bool,))
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -21,15 +32,34 @@ def check(name: str, ok: bool, given: object, allowed: object) -> None:
         raise ValueError(f"{name} must be {allowed}, got {given!r}")
 
 
-def check_logits_dtype(name: str, logits: Tensor) -> None:
-    if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+def check_tensor(name: str, x: object, dtypes: Collection[torch.dtype], allowed: str, *, jagged: bool = False) -> None:
+    """What every tensor must be: of one of the dtypes, which ``allowed`` says in words, and dense. Sparse tensors have
+    no kernels, and torch's own errors do not name the argument."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be {allowed}, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
+    if (x.layout is not torch.strided or x.is_nested) and not (jagged and x.layout is torch.jagged):
+        nested = " or a nested tensor of layout=torch.jagged" if jagged else ""
+        given = f"a nested tensor of {x.layout}" if x.is_nested else x.layout
+        raise TypeError(f"{name} must be a dense tensor{nested}, got {given}")
 
 
-def check_factor(name: str, factor: Tensor) -> None:
-    if not isinstance(factor, Tensor) or not factor.is_floating_point():
-        given = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
-        raise TypeError(f"{name} must be a tensor of a floating dtype, got {given}")
+def check_logits(name: str, logits: object, *, jagged: bool = False) -> None:
+    check_tensor(name, logits, LOGITS_DTYPES, "a tensor of float32, bfloat16, float16 or float64", jagged=jagged)
+
+
+def check_factor(name: str, factor: object) -> None:
+    check_tensor(name, factor, FLOATS, "a tensor of a floating dtype")
+
+
+def check_mask(name: str, mask: object) -> None:
+    check_tensor(name, mask, BOOL, "a tensor of dtype bool")
+
+
+def widened(x: Tensor) -> Tensor:
+    """float8 becomes float32, which torch can compare: of other dtypes nothing changes."""
+    return x.float() if x.dtype in FLOAT8 else x
 
 
 def check_device(name: str, tensor: Tensor, first: str, input: Tensor) -> None:
@@ -39,6 +69,8 @@ def check_device(name: str, tensor: Tensor, first: str, input: Tensor) -> None:
 
 def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
     check("normalizer", reduction == "mean", normalizer, f"None for reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        check_tensor("normalizer", normalizer, REALS, "a number or a tensor of integers or floats")
     shape = tuple(normalizer.shape) if isinstance(normalizer, Tensor) else ()
     check("normalizer's shape", shape == (), shape, "()")
 

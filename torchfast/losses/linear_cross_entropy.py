@@ -28,7 +28,7 @@ from torchfast._common import (
     accumulate_dtype,
     check,
     check_device,
-    check_logits_dtype,
+    check_logits,
     check_normalizer,
     mean,
     normalized,
@@ -415,25 +415,29 @@ def linear_cross_entropy(
 
 def _check_and_choose_dtype(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> torch.dtype:
     """The dtype of the logits."""
-    check_logits_dtype("input", input)
+    check_logits("input", input)
     if input.dim() == 0:
         raise ValueError("input must have shape (..., D), got a scalar")
+    check_logits("linear_weight", linear_weight)
+    if linear_bias is not None:
+        check_logits("linear_bias", linear_bias)
     features = input.shape[-1]
     shape = tuple(linear_weight.shape)
     wanted = f"(V, {features}), V > 0, for input of shape {tuple(input.shape)}"
     check("linear_weight's shape", len(shape) == 2 and shape[0] > 0 and shape[1] == features, shape, wanted)
-    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    kind = input.device.type
+    # There is no autocast of meta tensors: to ask for it raises.
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and input.dtype != torch.float64
     for name, tensor in ("linear_weight", linear_weight), ("linear_bias", linear_bias):
         if tensor is None:
             continue
         check_device(name, tensor, "input", input)
-        check_logits_dtype(name, tensor)
         if tensor.dtype != input.dtype and not autocast:
             raise TypeError(f"{name} must have input's dtype {input.dtype} outside of autocast, got {tensor.dtype}")
     if linear_bias is not None:
         check("linear_bias's shape", linear_bias.shape == shape[:1], tuple(linear_bias.shape), shape[:1])
-    dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
-    return torch.float32 if input.device.type == "cpu" and dtype in _WIDENED_ON_CPU else dtype
+    dtype = torch.get_autocast_dtype(kind) if autocast else input.dtype
+    return torch.float32 if kind == "cpu" and dtype in _WIDENED_ON_CPU else dtype
 
 
 def _needs_two_steps(*others: Tensor | None) -> bool:

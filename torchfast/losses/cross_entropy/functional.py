@@ -10,13 +10,16 @@ from torch import Tensor
 
 from torchfast import _triton
 from torchfast._common import (
+    FLOATS,
+    INTEGERS,
     REDUCTIONS,
     accumulate_dtype,
     check,
     check_device,
     check_factor,
-    check_logits_dtype,
+    check_logits,
     check_normalizer,
+    check_tensor,
     normalized,
 )
 from torchfast._register import Sample, register
@@ -33,19 +36,21 @@ def _overlaps(x: Tensor) -> bool:
     return False
 
 
+_TARGETS = INTEGERS | FLOATS
+
+
 def check_tensors(
     target: Tensor, others: dict[str, Tensor | None], input: Tensor, logits: str, shape: tuple[int, ...], dim: int
 ) -> None:
     """Of the tensors beside the logits: these are called so, have this shape, and their classes in this dimension."""
     rows, classes = shape[:dim] + shape[dim + 1 :], shape[dim]
+    check_tensor("target", target, _TARGETS, "a tensor of integer class indices or float probabilities")
     if target.is_floating_point():
         if target.shape != shape:
             raise ValueError(
                 f"target of class probabilities ({target.dtype}) must have {logits}'s shape {tuple(shape)}, "
                 f"got {tuple(target.shape)}; class indices must be of an integer dtype"
             )
-    elif target.dtype == torch.bool or target.is_complex():
-        raise TypeError(f"target must be integer class indices or float probabilities, got {target.dtype}")
     elif target.shape != rows:
         raise ValueError(
             f"target of class indices must have shape {tuple(rows)} for {logits} of shape {tuple(shape)}, "
@@ -81,7 +86,7 @@ def check_options(
 
 
 def _check_input(input: Tensor) -> None:
-    check_logits_dtype("input", input)
+    check_logits("input", input)
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
     check("input", input.shape[class_dim(input)] > 0, tuple(input.shape), "logits of at least one class")

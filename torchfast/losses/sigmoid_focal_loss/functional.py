@@ -10,12 +10,16 @@ from torch import Tensor
 
 from torchfast import _triton
 from torchfast._common import (
+    INTEGERS,
+    REALS,
     REDUCTIONS,
     check,
     check_device,
     check_factor,
-    check_logits_dtype,
+    check_logits,
+    check_mask,
     check_normalizer,
+    check_tensor,
     normalized,
 )
 from torchfast._register import Sample, register
@@ -23,9 +27,8 @@ from torchfast.losses.sigmoid_focal_loss.reference import fake, reference, refer
 
 
 def _check_target(inputs: Tensor, targets: Tensor) -> None:
-    if targets.is_complex():
-        raise TypeError(f"targets must be of a floating, integer or bool dtype, got {targets.dtype}")
-    ids = not targets.is_floating_point() and targets.dtype != torch.bool and inputs.dim() > 0
+    check_tensor("targets", targets, REALS, "a tensor of a floating, integer or bool dtype")
+    ids = targets.dtype in INTEGERS and inputs.dim() > 0
     if targets.shape != inputs.shape and not (ids and targets.shape == inputs.shape[:-1]):
         shape = tuple(inputs.shape)
         rows = f"; class ids must have shape {shape[:-1]}" if ids else ""
@@ -123,7 +126,7 @@ def sigmoid_focal_loss(
     """
     if gamma_neg is None:
         gamma_neg = gamma
-    check_logits_dtype("inputs", inputs)
+    check_logits("inputs", inputs)
     _check_target(inputs, targets)
     check("reduction", reduction in REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
     check("alpha", -float("inf") < alpha <= 1, alpha, "in [0, 1], or negative for none")
@@ -139,9 +142,7 @@ def sigmoid_focal_loss(
         check_factor("pos_weight", pos_weight)
         pos_weight = _expanded("pos_weight", pos_weight, inputs)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a tensor of dtype bool, got {given}")
+        check_mask("mask", mask)
         mask = _expanded("mask", mask, inputs)
     if normalizer is not None:
         check_normalizer(normalizer, reduction)

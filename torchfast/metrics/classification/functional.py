@@ -133,9 +133,10 @@ def classification_metrics(
             scores of one dimension more than ``target``, binary with one-dimensional floats or bools.
         num_classes: C of multiclass class ids.
         threshold: of binary and multilabel scores: a probability above it is a decision for 1.
-        from_logits: the scores are logits, not probabilities. It does not matter to decisions of multiclass. Without
-            it, probabilities outside of 0 to 1 where ``threshold`` is applied, and rows of multiclass that do not
-            sum to 1 where areas are asked for, are refused.
+        from_logits: the scores are logits, not probabilities: of multiclass, areas rank by their softmax, which is
+            not how one-vs-rest decision values rank (for these ``task="multilabel"`` with one-hot targets). It does
+            not matter to decisions of multiclass. Without it, probabilities outside of 0 to 1 where ``threshold`` is
+            applied, and rows of multiclass that do not sum to 1 where areas are asked for, are refused.
         ignore_index: what has this target does not count, whatever is predicted.
         sample_weight: finite weight >= 0 of each sample, of a floating dtype, of ``target``'s shape, of multilabel
             without the label dimension. A sample of weight 0 is as if it were not there.

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchfast._common import LOGITS_DTYPES, check, check_device, check_factor, readable
+from torchfast._common import FLOAT8, REALS, check, check_device, check_factor, check_tensor, readable, widened
 from torchfast.metrics._common import check_choice, check_no_gradient
 from torchfast.metrics.classification.areas import membership
 from torchfast.metrics.classification.counts import IDS, NAN, PROBABILITY, TARGET, WEIGHT
 from torchfast.metrics.classification.options import TASKS, Options
 
+_KINDS = "a tensor of bool, integers or floats"
 #: In place of a target that is no integer.
 NO_CLASS = -(2**62)
 
@@ -35,8 +36,7 @@ def task_of(preds: Tensor, target: Tensor, num_classes: int | None, task: str | 
     if task is not None:
         check_choice("task", task, TASKS)
     for name, x in (("preds", preds), ("target", target)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_tensor(name, x, REALS, _KINDS)
     scores = preds.dim() == target.dim() + 1
     if task is None and (num_classes is not None or scores):
         task = "multiclass"
@@ -53,11 +53,9 @@ def task_of(preds: Tensor, target: Tensor, num_classes: int | None, task: str | 
     return task, num_classes
 
 
-def _ids(name: str, x: Tensor) -> Tensor:
+def _ids(x: Tensor) -> Tensor:
     """Of an integer dtype that the kernels take; floats that are no integers become no class."""
-    x = x.detach()
-    if x.is_complex():
-        raise TypeError(f"{name} must be a tensor of bool, integers or floats that are integers, got {x.dtype}")
+    x = widened(x.detach())
     if x.dtype == torch.bool:
         return x.to(torch.uint8)
     if not x.is_floating_point():
@@ -67,7 +65,7 @@ def _ids(name: str, x: Tensor) -> Tensor:
 
 
 def _check_preds(options: Options, preds: Tensor) -> None:
-    if preds.is_floating_point() and preds.dtype not in LOGITS_DTYPES:
+    if preds.dtype in FLOAT8:
         raise TypeError(f"preds must be float32, bfloat16, float16 or float64, or class ids, got {preds.dtype}")
     check_no_gradient("metrics", preds)
     for name in options.names:
@@ -77,11 +75,10 @@ def _check_preds(options: Options, preds: Tensor) -> None:
 
 def check_inputs(options: Options, preds: Tensor, target: Tensor, sample_weight: Tensor | None) -> Batch:
     for name, x in (("preds", preds), ("target", target)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_tensor(name, x, REALS, _KINDS)
     _check_preds(options, preds)
-    preds = preds.detach() if preds.is_floating_point() else _ids("preds", preds)
-    target = _ids("target", target)
+    preds = preds.detach() if preds.is_floating_point() else _ids(preds)
+    target = _ids(target)
     check_device("target", target, "preds", preds)
     classes, given = options.num_classes, (tuple(preds.shape), tuple(target.shape))
     rows = target.shape
@@ -99,7 +96,7 @@ def check_inputs(options: Options, preds: Tensor, target: Tensor, sample_weight:
         check_factor("sample_weight", sample_weight)
         check("sample_weight's shape", sample_weight.shape == rows, tuple(sample_weight.shape), tuple(rows))
         check_device("sample_weight", sample_weight, "preds", preds)
-        weight = sample_weight.detach()
+        weight = widened(sample_weight.detach())
     if options.task == "binary":
         preds, target = preds.reshape(-1, 1), target.reshape(-1, 1)
         weight = None if weight is None else weight.reshape(-1)
@@ -205,8 +202,9 @@ def refuse(options: Options, batch: Batch, wrong: Tensor) -> None:
     if found[PROBABILITY]:
         if options.task == "multiclass":
             raise ValueError(
-                "preds must be probabilities, which sum to 1 over the classes, or logits with from_logits=True; "
-                "got rows with other sums"
+                "preds must be probabilities, which sum to 1 over the classes, got rows with other sums; of logits "
+                "from_logits=True takes the softmax; for decision values of one-vs-rest classifiers give one-hot "
+                "targets and task='multilabel', which ranks each class by its own scores"
             )
         x = preds[counted & ~((preds >= 0) & (preds <= 1))]
         x = x[~x.isnan()]

@@ -105,6 +105,7 @@ class ClassificationMetrics(torchmetrics.Metric):
             "score_dtype", score_dtype in (torch.float32, torch.float64), score_dtype, "torch.float32 or torch.float64"
         )
         self.weighted, self.bins, self.score_dtype = weighted, bins, score_dtype
+        self._curves = 1 if options.task == "binary" else options.num_classes
         # A MetricCollection lets metrics of the same state names and, after the first batch, the same values share
         # one state for ever, as precision and recall may have: so the name tells what is in it.
         self._suffix = f"_{options.digest}_{bins}"
@@ -120,10 +121,6 @@ class ClassificationMetrics(torchmetrics.Metric):
             self._binned = f"binned{self._suffix}"
             dtype = torch.float64 if weighted else torch.long
             self.add_state(self._binned, torch.zeros(2, self._curves, bins, dtype=dtype), dist_reduce_fx="sum")
-
-    @property
-    def _curves(self) -> int:
-        return 1 if self.options.task == "binary" else self.options.num_classes
 
     def update(self, preds: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> None:
         """Adds a batch. The arguments are those of :func:`classification_metrics`."""

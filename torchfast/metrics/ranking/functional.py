@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchfast._common import check, check_device, check_factor, readable
+from torchfast._common import check, check_device, check_factor, readable, widened
 from torchfast._register import Sample, register_metric
 from torchfast.metrics.ranking.inputs import Unretrieved, check_inputs, refuse
 from torchfast.metrics.ranking.options import Options, named, resolve
@@ -71,6 +71,7 @@ def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) 
 
 def check_weight(weight: Tensor, values: Tensor) -> Tensor:
     check_factor("query_weight", weight)
+    weight = widened(weight)
     check("query_weight's shape", weight.shape == values.shape[1:], tuple(weight.shape), tuple(values.shape[1:]))
     check_device("query_weight", weight, "preds", values)
     if readable(weight):

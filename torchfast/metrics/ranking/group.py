@@ -36,7 +36,15 @@ def group_by_query(indexes: Tensor, *, skip_sorted: bool = False) -> tuple[Tenso
         >>> order.tolist(), offsets.tolist(), ids.tolist()
         ([1, 0, 2], [0, 1, 3], [-2, 7])
     """
-    order, offsets, ids = _op(indexes, skip_sorted)
+    try:
+        order, offsets, ids = _op(indexes, skip_sorted)
+    except RuntimeError as error:
+        if type(indexes) is Tensor and not indexes.is_meta:
+            raise
+        raise NotImplementedError(
+            "indexes must have values, which say how many queries there are: meta and fake tensors have none; "
+            "offsets, lengths or preds of shape (queries, documents) say it by their shapes"
+        ) from error
     return order, offsets, ids
 
 

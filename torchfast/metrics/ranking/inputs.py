@@ -8,7 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchfast._common import check, check_device, check_logits_dtype, readable
+from torchfast._common import (
+    BOOL,
+    FLOAT8,
+    INTEGERS,
+    REALS,
+    check,
+    check_device,
+    check_logits,
+    check_tensor,
+    readable,
+)
 from torchfast.metrics._common import check_no_gradient, check_shape
 from torchfast.metrics.ranking.group import group_by_query
 from torchfast.metrics.ranking.options import Options
@@ -27,19 +37,12 @@ Unretrieved = Tensor | tuple[Tensor, Tensor]
 # ---- Arguments -------------------------------------------------------------------------------
 
 
-def _is_integer(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
-
-
 def _without_graph(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x  # a tenth of the checks' time
 
 
-def _check_integer(name: str, x: object, shape: tuple[int, ...] | None, preds: Tensor) -> Tensor:
-    if not isinstance(x, Tensor) or not _is_integer(x):
-        raise TypeError(
-            f"{name} must be a tensor of an integer dtype, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
-        )
+def _check_integer(name: str, x: Tensor, shape: tuple[int, ...] | None, preds: Tensor) -> Tensor:
+    check_tensor(name, x, INTEGERS, "a tensor of an integer dtype")
     possessive = "'" if name.endswith("s") else "'s"
     if shape is not None:
         check(f"{name}{possessive} shape", x.shape == shape, tuple(x.shape), tuple(shape))
@@ -47,26 +50,32 @@ def _check_integer(name: str, x: object, shape: tuple[int, ...] | None, preds: T
     return x.long()
 
 
-def _check_labels(name: str, target: object, options: Options) -> Tensor:
+#: What the kernels do not take of what a target may be.
+_CONVERTED = {
+    torch.uint16: torch.long,
+    torch.uint32: torch.long,
+    torch.uint64: torch.double,
+    **dict.fromkeys(FLOAT8, torch.float32),
+}
+
+
+def _check_labels(name: str, target: Tensor, options: Options) -> Tensor:
     """Of a dtype that the kernels take."""
-    if not isinstance(target, Tensor) or target.is_complex():
-        given = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"{name} must be a tensor of bool, integers or floats, got {given}")
+    check_tensor(name, target, REALS, "a tensor of bool, integers or floats", jagged=True)
     if GAINS[options.gain] == "table" and target.is_floating_point():
         raise TypeError(f"{name} must be bool or integers, places in the gain table, got {target.dtype}")
     target = _without_graph(target)
-    if target.dtype in (torch.uint16, torch.uint32):
-        return target.long()
-    return target.double() if target.dtype == torch.uint64 else target
+    dtype = _CONVERTED.get(target.dtype)
+    return target if dtype is None else target.to(dtype)
 
 
 def _from_jagged(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """The values and offsets of a nested tensor; its holes closed."""
-    if x.layout != torch.jagged:
-        raise TypeError(f"{name} must be a nested tensor of layout=torch.jagged, got {x.layout}")
     check(f"dimensions of {name}", x.dim() == 2, x.dim(), "2, (queries, documents of each)")
     values, offsets, lengths = x.values(), x.offsets(), x.lengths()  # type: ignore[attr-defined]
     if lengths is not None:
+        if lengths.is_meta:
+            raise NotImplementedError(f"{name} must have values or no holes: on meta they have no number of documents")
         starts, offsets = offsets[:-1], torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         index = torch.arange(int(offsets[-1]), device=values.device)
         values = values[index + (starts - offsets[:-1]).repeat_interleave(lengths)]
@@ -97,9 +106,7 @@ def check_inputs(
     num_relevant: Tensor | None,
     unretrieved: Unretrieved | None,
 ) -> Inputs:
-    if not isinstance(preds, Tensor):
-        raise TypeError(f"preds must be a tensor, got {type(preds).__name__}")
-    check_logits_dtype("preds", preds)
+    check_logits("preds", preds, jagged=True)
     target = _check_labels("target", target, options)
     check_no_gradient("ranking metrics", preds)
     preds = _without_graph(preds)
@@ -119,9 +126,7 @@ def check_inputs(
     check_shape("target", target, preds)
     check_device("target", target, "preds", preds)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            given_type = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor, True for documents and False for padding, got {given_type}")
+        check_tensor("mask", mask, BOOL, "a bool tensor, True for documents and False for padding")
         check_shape("mask", mask, preds)
         check("mask", lengths is None, "both", "left out where lengths are given")
         check_device("mask", mask, "preds", preds)

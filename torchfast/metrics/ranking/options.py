@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import check, readable
+from torchfast._common import REALS, check, check_tensor, readable
 from torchfast.metrics._common import check_choice, check_kind, digest, names_of
 from torchfast.metrics.ranking.reference import (
     DCG,
@@ -108,6 +108,8 @@ class Options:
 
 
 def _gain_table(gain: Any) -> Tensor:
+    if isinstance(gain, Tensor):
+        check_tensor("gain", gain, REALS, "'linear', 'exp' or a tensor of a number for each target")
     try:
         table = torch.as_tensor(gain, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -349,8 +349,8 @@ def reference(
             return over(of_queries.hits(of_queries.inside(n_rel)), n_rel)
         if MAP_DENOMINATORS[map_denominator] == "hits":
             return of_queries.precisions_over_hits(k)
-        capped = k and MAP_DENOMINATORS[map_denominator] == "min(k,n_rel)"
-        return over(of_queries.precisions(k), n_rel.clamp(max=k) if capped else n_rel)
+        at_most_k = k and MAP_DENOMINATORS[map_denominator] == "min(k,n_rel)"
+        return over(of_queries.precisions(k), n_rel.clamp(max=k) if at_most_k else n_rel)
 
     values = torch.stack([value(kind, k) for kind, k in zip(kinds, ks, strict=True)])
     positive = count(gains > 0, query) > 0

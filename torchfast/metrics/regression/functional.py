@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import LOGITS_DTYPES, check, check_device, check_factor, readable
+from torchfast._common import (
+    FLOATS,
+    INTEGERS,
+    LOGITS_DTYPES,
+    check,
+    check_device,
+    check_factor,
+    check_tensor,
+    readable,
+    widened,
+)
 from torchfast._register import Sample, register_metric
 from torchfast.metrics._common import (
     check_choice,
@@ -22,6 +32,7 @@ from torchfast.metrics._common import (
 )
 
 KINDS = ("mae", "mse", "rmse", "r2")
+_NUMBERS = FLOATS | INTEGERS
 MULTIOUTPUTS = ("uniform_average", "raw_values", "variance_weighted")
 NANS = ("error", "propagate")
 
@@ -129,10 +140,7 @@ def resolve(metrics: str | Sequence[str], *, multioutput: str = "uniform_average
 def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
     """The moments of what a caller gives, checked: ``[7, outputs]``."""
     for name, x in (("preds", preds), ("target", target)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.is_complex() or x.dtype == torch.bool:
-            raise TypeError(f"{name} must be a tensor of floats or integers, got {x.dtype}")
+        check_tensor(name, x, _NUMBERS, "a tensor of floats or integers")
         check_no_gradient("metrics", x)
     check("preds' shape", preds.dim() in (1, 2), tuple(preds.shape), "(N,) or (N, outputs)")
     check_shape("target", target, preds)
@@ -143,7 +151,7 @@ def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight
         shape = preds.shape[:1]
         check("sample_weight's shape", sample_weight.shape == shape, tuple(sample_weight.shape), tuple(shape))
         check_device("sample_weight", sample_weight, "preds", preds)
-        sample_weight = sample_weight.detach()
+        sample_weight = widened(sample_weight.detach())
     if preds.dim() == 1:
         preds, target = preds[:, None], target[:, None]
     floats = (x if x.dtype in LOGITS_DTYPES else x.to(value_dtype(x.device)) for x in (preds, target))
