@@ -207,14 +207,17 @@ def test_the_native_kernel_of_the_page_for_contributors_builds_and_is_right(tmp_
     if shutil.which(compiler[0]) is None:
         pytest.skip("there is no C++ compiler")
     found = list(blocks(DOCS / "contributing.md"))
-    op, kernel, library = (tmp_path / name for name in ("log_cosh.py", "cpu/log_cosh.cpp", "log_cosh.so"))
-    kernel.parent.mkdir()
+    op, library = tmp_path / "log_cosh.py", tmp_path / "log_cosh.so"
     op.write_text(next(text for language, _, text in found if language == "python"))
-    kernel.write_text(next(text for language, _, text in found if language == "cpp"))
+    (tmp_path / "log_cosh").mkdir()
+    for text in (text for language, _, text in found if language == "cpp"):
+        (tmp_path / re.match(r"// csrc/([\w/.]+): ", text)[1]).write_text(text)
+    sources = [*sorted(tmp_path.glob("log_cosh/*.cpp")), ROOT / "csrc" / "torch" / "parallel.cpp"]
+    assert len(sources) == 3
     flags = "-shared -fPIC -O1 -std=c++20 -Wall -Werror -Wno-psabi -DTORCH_TARGET_VERSION=0x020a000000000000".split()
-    flags += [f"-I{path}" for path in (tmp_path, ROOT / "csrc", ROOT / "csrc" / "cpu", *include_paths())]
+    flags += [f"-I{path}" for path in (tmp_path, ROOT / "csrc", *include_paths())]
     linked = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
-    done = subprocess.run([*compiler, *flags, kernel, *linked, "-o", library], capture_output=True, text=True)
+    done = subprocess.run([*compiler, *flags, *sources, *linked, "-o", library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     done = subprocess.run([sys.executable, "-c", NATIVE, op, library], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
