@@ -198,6 +198,7 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a, _ in archs]
         targets += [f"-gencode=arch=compute_{a},code=compute_{a}" for a, ptx in archs if ptx]
         cuda_flags = ["-O3", "-std=c++17", f"--threads={jobs()}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        cuda_flags.append(f"-I{HERE / 'csrc'}")
         steps += [compiled(s, nvcc, *cuda_flags, *targets) for s in sorted((HERE / "csrc").rglob("*.cu"))]
         libraries += [f"-L{cuda_library_dir(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
     # The stable ABI of torch 2.10: one build for all since. pybind11's headers, which come with torch, refuse it.

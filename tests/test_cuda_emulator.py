@@ -93,14 +93,16 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mistake_planted_in_the_ranking_kernels_is_caught(mutant, folder):
     right, wrong, said = MUTANTS[mutant]
-    text = (cuda_emulator.CUDA / "ranking.cu").read_text()
+    planted = folder / mutant
+    target = planted / "ranking" / "cuda" / "team.cuh"
+    target.parent.mkdir(parents=True)
+    text = (cuda_emulator.CSRC / target.relative_to(planted)).read_text()
     if right:
         assert text.count(right) == 1
         text = text.replace(right, wrong)
-    source = folder / "planted.cu"
-    source.write_text(text)
+    target.write_text(text)
     try:
-        library = cuda_emulator.library(folder, source=source)
+        library = cuda_emulator.library(folder, planted=planted)
     except cuda_emulator.Unavailable as reason:
         pytest.skip(str(reason))
     environment = cuda_emulator.preloading(library) | {"TORCHFAST_DISABLE_NATIVE": "1"}

@@ -3,12 +3,25 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define TORCHFAST_ANYWHERE __host__ __device__  // for what GPUs call, too
+#else
+#define TORCHFAST_ANYWHERE
+#endif
+
 namespace torchfast {
 
 enum class Type : int { boolean, u8, i8, u16, i16, u32, i32, u64, i64, f16, bf16, f32, f64 };
 
 constexpr bool is_integer(Type type) { return type > Type::boolean && type < Type::f16; }
 constexpr bool is_floating(Type type) { return type >= Type::f16; }
+
+// Bytes of an element.
+TORCHFAST_ANYWHERE constexpr int size_of(Type type) {
+  if (type <= Type::i8) return 1;
+  if (type <= Type::i16 || type == Type::f16 || type == Type::bf16) return 2;
+  return type <= Type::i32 || type == Type::f32 ? 4 : 8;
+}
 
 // Sizes and strides, which count elements, are those of the tensor that is looked at, and live as long.
 struct View {

@@ -1,6 +1,6 @@
 """Runs CUDA sources on the CPU: see cuda_runtime.h, which takes the place of CUDA's own.
 
-python tests/cuda_emulator tests/test_ranking.py    # pytest, with csrc/cuda's kernels as those of the CPU
+python tests/cuda_emulator tests/test_ranking.py    # pytest, with the CUDA kernels as those of the CPU
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CUDA = HERE.parent.parent / "csrc" / "cuda"
+CSRC = HERE.parent.parent / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 SANITIZERS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=all", "-fsanitize-sections=cuda_shared"]
 FLAGS = ["-O2", "-g", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}", *SANITIZERS]
@@ -38,17 +38,18 @@ def program(source: Path, target: Path) -> Path:
     return target
 
 
-def library(folder: Path, op: str = "ranking", source: Path | None = None) -> Path:
-    """csrc/cuda's kernels of an op, or those of another source, with their binding, which serves the CPU with them."""
+def library(folder: Path, op: str = "ranking", planted: Path | None = None) -> Path:
+    """An op's CUDA kernels with their binding, which serves the CPU with them. Files of csrc/ that lie in ``planted``,
+    too, are taken from there."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     kernels, binding, target = (folder / name for name in (f"{op}.o", f"{op}_binding.o", f"{op}.so"))
-    shared = ["-fPIC", "-fvisibility=hidden", f"-I{CUDA}", "-c"]
-    compile("-std=c++17", *shared, "-x", "c++", source or CUDA / f"{op}.cu", "-o", kernels)
+    shared = ["-fPIC", "-fvisibility=hidden", *([f"-I{planted}"] if planted else []), f"-I{CSRC}", "-c"]
+    compile("-std=c++17", *shared, "-x", "c++", CSRC / op / "cuda" / f"{op}.cu", "-o", kernels)
     if not binding.exists():
         torch = ["-DTORCHFAST_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-psabi"]
         torch += [f"-I{path}" for path in include_paths()]
-        compile("-std=c++20", *shared, *torch, CUDA / f"{op}_binding.cpp", "-o", binding)
+        compile("-std=c++20", *shared, *torch, CSRC / op / "cuda" / "binding.cpp", "-o", binding)
     linked = [f"-L{path}" for path in library_paths()]
     compile("-shared", kernels, binding, *linked, "-ltorch_cpu", "-ltorch", "-lc10", "-o", target)
     return target

@@ -358,7 +358,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
     yield Sample((*(f(50_000) for f in (scores, grades)), metrics), {"indexes": counts(50_000, 3000) * 2**40})
 
 
-# ---- Registration: csrc/cpu/ranking.cpp serves the CPU, csrc/cuda/ranking.cu CUDA ------------
+# ---- Registration: csrc/ranking serves the CPU and CUDA ---------------------------------------
 
 _op = register_metric(
     "ranking_metrics",

@@ -1,0 +1,165 @@
+// All queries of a call, shared out to the threads.
+#if defined(TORCHFAST_RANKING_CPU_QUERIES_INL_H) == defined(TORCHFAST_TOGGLE)
+#ifdef TORCHFAST_RANKING_CPU_QUERIES_INL_H
+#undef TORCHFAST_RANKING_CPU_QUERIES_INL_H
+#else
+#define TORCHFAST_RANKING_CPU_QUERIES_INL_H
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "memory/parallel.h"
+#include "ranking/call.h"
+#include "ranking/cpu/query-inl.h"
+
+TORCHFAST_KERNELS
+
+constexpr int64_t kBlock = 32768;  // documents that a thread takes at a time
+
+inline bool are_boundaries(const int64_t* offsets, int64_t queries, int64_t total) {
+  bool legal = offsets[0] >= 0 && offsets[queries] <= total;
+  for (int64_t q = 0; q < queries; ++q) legal &= offsets[q] <= offsets[q + 1];
+  return legal;
+}
+
+template <class S, class R>
+class Queries {
+ public:
+  explicit Queries(const ranking::Call& call)
+      : c_(call), target_(call.target), others_(call.other_offsets ? call.others : call.target) {}
+
+  void rank() const {
+    bool legal = (!c_.offsets || are_boundaries(c_.offsets, c_.queries, c_.documents)) &&
+                 (!c_.other_offsets || are_boundaries(c_.other_offsets, c_.queries, c_.other_documents));
+    if (!legal) {
+      std::fill_n(c_.values, c_.metrics * c_.queries, NAN);
+      std::fill_n(c_.empty, 2 * c_.queries, false);
+      return;
+    }
+    int64_t longest = c_.width, threads = thread_count();
+    for (int64_t q = 0; c_.offsets && q < c_.queries; ++q) longest = std::max(longest, documents_of(q));
+    if (longest > INT32_MAX)
+      throw std::invalid_argument("a query has " + std::to_string(longest) +
+                                  " documents; at most 2^31 - 1 are allowed");
+    const Discounts discounts(longest);
+
+    // A query that one thread alone would keep busy for long is shared out, before the others.
+    auto is_huge = [&](int64_t q) {
+      return documents_of(q) > std::max(kHuge, c_.documents / (4 * threads)) && threads > 1;
+    };
+    if (longest > kHuge && threads > 1) {
+      Worker worker(*this, discounts);
+      for (int64_t q = 0; q < c_.queries; ++q)
+        if (is_huge(q)) worker.rank(q, Parts{threads});
+    }
+    // The others block by block: a thread begins with a share of its own, side by side in memory, and then
+    // helps the next one.
+    int64_t blocks = c_.documents / kBlock + 1, shares = std::min(blocks, threads);
+    std::vector<std::atomic<int64_t>> next(shares);
+    auto first_block = [=](int64_t share) { return share * blocks / shares; };
+    for (int64_t share = 0; share < shares; ++share) next[share] = first_block(share);
+    parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
+      for (; from < to; ++from) {
+        Worker worker(*this, discounts);
+        for (int64_t i = from; i < from + shares; ++i) {
+          int64_t share = i % shares;
+          for (int64_t block; (block = next[share]++) < first_block(share + 1);)
+            for (int64_t q = first_of(block), end = first_of(block + 1); q < end; ++q) {
+              if (q + 1 < end) prefetch(q + 1);
+              if (!is_huge(q)) worker.rank(q, Parts{});
+            }
+        }
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kHuge = 1 << 18;
+
+  int64_t documents_of(int64_t q) const { return c_.offsets ? c_.offsets[q + 1] - c_.offsets[q] : c_.width; }
+
+  // The hardware prefetches page by page. Rows of about that size are asked for while the one before is
+  // ranked, a tenth faster (10000 x 1000); much shorter or longer ones are not. Inline: GCC drops calls that
+  // only prefetch.
+  TORCHFAST_INLINE void prefetch(int64_t q) const {
+    int64_t n = documents_of(q), first = c_.offsets ? c_.offsets[q] : q;
+    if (n < 256 || n > kShort) return;
+    for (const ranking::Elements* x : {&c_.target, &c_.preds}) {
+      const char* data = x->from(first);
+      for (int64_t byte = 0; byte < n * size_of(x->type); byte += 64) __builtin_prefetch(data + byte);
+    }
+  }
+
+  // The queries that begin in a block of documents.
+  int64_t first_of(int64_t block) const {
+    int64_t at = block * kBlock;
+    if (at > c_.documents) return c_.queries;
+    if (!c_.offsets) return at == 0 ? 0 : std::min(c_.queries, (at + c_.width - 1) / c_.width);
+    return std::lower_bound(c_.offsets, c_.offsets + c_.queries, at) - c_.offsets;
+  }
+
+  struct Worker {
+    Worker(const Queries& queries, const Discounts& discounts) : of(queries), ranker(of.c_, discounts) {}
+
+    void rank(int64_t q, const Parts& parts) {
+      const ranking::Call& c = of.c_;
+      int64_t n = c.lengths ? c.lengths[q] : of.documents_of(q);
+      int64_t num_relevant = c.num_relevant ? c.num_relevant[q] : 0;
+      if (n < 0 || (c.lengths && n > c.width) || num_relevant < 0) return ranker.fail(q);
+
+      int64_t first = c.offsets ? c.offsets[q] : q, stride = c.target.stride;
+      Row<S> row{reinterpret_cast<const S*>(c.preds.from(first)), c.preds.stride, n};
+      const void* target = c.target.from(first);
+      if (c.mask.data) {
+        auto* mask = reinterpret_cast<const bool*>(c.mask.from(first));
+        std::byte* kept = targets.need((n + 1) * size_of(c.target.type));
+        of.target_.keep(target, stride, mask, c.mask.stride, n, kept);
+        row.n = keep<S>(row.scores, row.stride, mask, c.mask.stride, n, scores.need(n + 1));
+        row.scores = scores.get(), row.stride = 1;
+        target = kept, stride = 1;
+      }
+      find(target, stride, row.n, parts);
+      ranker.more.clear();
+      if (c.other_offsets) {
+        int64_t begin = c.other_offsets[q], end = c.other_offsets[q + 1];
+        of.others_.find(c.others.from(begin), c.others.stride, 0, end - begin, c.options, ranker.more);
+      }
+      ranker.rank(row, parts, c.num_relevant ? num_relevant : -1, q);
+    }
+
+    void find(const void* target, int64_t stride, int64_t n, const Parts& parts) {
+      const ranking::Options& o = of.c_.options;
+      ranker.judged.clear();
+      if (parts.count == 1) return of.target_.find(target, stride, 0, n, o, ranker.judged);
+      std::vector<Judged> found(parts.count);
+      parts.for_each_range(n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
+        of.target_.find(target, stride, begin, end, o, found[part]);
+      });
+      for (const Judged& of_part : found) ranker.judged.append(of_part);
+    }
+
+    const Queries& of;
+    Ranker<R> ranker;
+    Buffer<S> scores;  // of the documents that the mask keeps
+    Buffer<std::byte> targets;
+  };
+
+  const ranking::Call& c_;
+  Targets target_, others_;
+};
+
+inline void rank_queries(const ranking::Call& call) {
+  with_logits_type(View{nullptr, call.preds.type},
+                   [&](auto s, auto r) { Queries<decltype(s), decltype(r)>(call).rank(); });
+}
+
+TORCHFAST_END_KERNELS
+
+#endif

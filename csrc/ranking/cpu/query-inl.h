@@ -1,0 +1,121 @@
+// One query: its judged documents ranked, and the metrics from that.
+#if defined(TORCHFAST_RANKING_CPU_QUERY_INL_H) == defined(TORCHFAST_TOGGLE)
+#ifdef TORCHFAST_RANKING_CPU_QUERY_INL_H
+#undef TORCHFAST_RANKING_CPU_QUERY_INL_H
+#else
+#define TORCHFAST_RANKING_CPU_QUERY_INL_H
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "ranking/call.h"
+#include "ranking/cpu/count-inl.h"
+#include "ranking/cpu/ideal-inl.h"
+#include "ranking/cpu/ranked-inl.h"
+#include "ranking/cpu/sort-inl.h"
+
+TORCHFAST_KERNELS
+
+// Values of all metrics for a query. `gains` holds those of all judged documents, and is reordered;
+// `longest` is the longest cut-off of NDCG.
+template <class Ranking>
+void evaluate(const ranking::Call& c, const ranking::Query& query, const Ranking& ranked, double* gains,
+              int64_t gains_count, int64_t longest, const Discounts& discounts, double* out, int64_t step) {
+  using namespace ranking;
+  Ideal ideal(gains, longest > 0 ? gains_count : 0, longest);
+  for (int64_t m = 0; m < c.metrics; ++m, out += step) {
+    int64_t kind = c.kinds[m], k = cut_of(kind, c.ks[m], query);
+    if (kind == map && c.options.map_denominator == hits) {
+      *out = ranked.map_over_hits(k, discounts);
+      continue;
+    }
+    double sum = 0;
+    switch (kind) {
+      case ndcg:
+      case dcg: sum = ranked.template sum<dcg>(k, discounts); break;
+      case mrr: sum = ranked.template sum<mrr>(k, discounts); break;
+      case hit_rate: sum = ranked.template sum<hit_rate>(k, discounts); break;
+      case map: sum = ranked.template sum<map>(k, discounts); break;
+      default: sum = ranked.template sum<precision>(k, discounts);
+    }
+    *out = value_of(kind, c.ks[m], sum, kind == ndcg ? ideal.dcg(k, discounts) : 0, query, c.options);
+  }
+}
+
+// Ranks one query after the other.
+template <class R>
+class Ranker {
+ public:
+  Ranker(const ranking::Call& call, const Discounts& discounts) : c_(call), discounts_(discounts) {
+    for (int64_t m = 0; m < c_.metrics; ++m) {
+      of_all_ranks_ |= c_.kinds[m] != ranking::r_precision && c_.ks[m] == 0;
+      longest_cut_ = std::max(longest_cut_, c_.ks[m]);
+      by_relevant_ |= c_.kinds[m] == ranking::r_precision;
+      if (c_.kinds[m] == ranking::ndcg)
+        longest_ndcg_ = std::max(longest_ndcg_, ranking::cut_of(ranking::ndcg, c_.ks[m], {}));
+    }
+  }
+  Ranker(const Ranker&) = delete;  // its parts know each other
+
+  Judged judged;  // of the query
+  Judged more;    // those that were not retrieved; at means nothing
+
+  // Judged documents in, values of query q out. num_relevant < 0: as the targets say.
+  template <class S>
+  void rank(const Row<S>& row, const Parts& parts, int64_t num_relevant, int64_t q) {
+    using namespace ranking;
+    const Options& o = c_.options;
+    if (judged.wrong || more.wrong) return fail(q);  // such a target has no gain: no place in a table
+    Query query{row.n, 0, 0};
+    double* gains = judged.y.get();
+    int64_t gains_count = judged.count + more.count;
+    bool gain = gains_count > 0;
+    if (ranked_.plain && more.count == 0) {
+      query.relevant = query.n_rel = judged.count;
+    } else {
+      gain = false;
+      double* to = gains = gains_.need(gains_count);
+      for (const Judged* of : {&judged, &more})
+        for (int64_t i = 0; i < of->count; ++i) {
+          query.n_rel += is_relevant(of->y[i], o);
+          gain |= (*to++ = gain_of(of->y[i], o)) > 0;
+          if (of == &judged) query.relevant = query.n_rel;
+        }
+    }
+    if (num_relevant >= 0) query.n_rel = num_relevant;
+
+    ranked_.begin(gains);
+    int64_t cut = of_all_ranks_ ? row.n : std::max(longest_cut_, by_relevant_ ? query.n_rel : 0);
+    int64_t numbers =
+        judged.count <= Counting<R>::kMost ? counting_.rank(row, parts) : sorting_.rank(row, cut, parts);
+    if (query.n_rel < query.relevant || (o.nan == propagate && numbers < row.n)) return fail(q);
+    double* out = c_.values + q;
+    c_.empty[q] = query.n_rel == 0;
+    c_.empty[q + c_.queries] = !gain;
+    if (ranked_.is_untied)
+      evaluate(c_, query, ranked_.untied, gains, gains_count, longest_ndcg_, discounts_, out, c_.queries);
+    else
+      evaluate(c_, query, ranked_.groups, gains, gains_count, longest_ndcg_, discounts_, out, c_.queries);
+  }
+
+  void fail(int64_t q) const {
+    for (int64_t m = 0; m < c_.metrics; ++m) c_.values[q + m * c_.queries] = NAN;
+    c_.empty[q] = c_.empty[q + c_.queries] = false;
+  }
+
+ private:
+  const ranking::Call& c_;
+  const Discounts& discounts_;
+  bool of_all_ranks_ = false, by_relevant_ = false;  // metrics without cut-off; with n_rel as theirs
+  int64_t longest_cut_ = 0, longest_ndcg_ = 0;
+  Buffer<double> gains_;  // of the judged documents, then of those not retrieved, where they are not plain
+  Ranked ranked_{c_.options, judged};
+  Counting<R> counting_{ranked_};
+  Sorting<R> sorting_{ranked_};
+};
+
+TORCHFAST_END_KERNELS
+
+#endif

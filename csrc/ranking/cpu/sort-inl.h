@@ -1,0 +1,193 @@
+// Ranks of many judged documents.
+#if defined(TORCHFAST_RANKING_CPU_SORT_INL_H) == defined(TORCHFAST_TOGGLE)
+#ifdef TORCHFAST_RANKING_CPU_SORT_INL_H
+#undef TORCHFAST_RANKING_CPU_SORT_INL_H
+#else
+#define TORCHFAST_RANKING_CPU_SORT_INL_H
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "memory/parallel.h"
+#include "ranking/cpu/compare-inl.h"
+#include "ranking/cpu/ranked-inl.h"
+#include "sort/radix_sort.h"
+
+TORCHFAST_KERNELS
+
+// Larger scores have smaller keys; all NaN the largest.
+template <class R>
+using Key = std::make_unsigned_t<Int<R>>;
+
+template <class R>
+Key<R> to_key(R score) {
+  return score == score ? descending(score) : Key<R>(-1);
+}
+
+// Ranks by sorting all documents, or, if only the first `cut` ranks matter, those from the cut-th score up.
+template <class R>
+class Sorting {
+  static constexpr int L = Simd<R>::lanes;
+  using Element = Keyed<Key<R>>;
+
+ public:
+  explicit Sorting(Ranked& ranked) : ranked_(ranked) {}
+
+  // Ranks the judged documents, and returns how many of the row's scores are not NaN.
+  template <class S>
+  int64_t rank(const Row<S>& row, int64_t cut, const Parts& parts) {
+    int64_t numbers = -1, n = 0;
+    if (cut > 0 && cut < row.n / 8) numbers = select_top(row, cut, parts, n);
+    if (n == 0) {
+      n = row.n;
+      Element* all = elements_.need(2 * n);
+      std::atomic<int64_t> counted{0};
+      parts.for_each_range(n, kChunk, [&](int64_t, int64_t begin, int64_t end) {
+        for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t first, int64_t in_chunk) {
+          counted += count_numbers(x, in_chunk);
+          for (int64_t j = 0; j < in_chunk; ++j) all[first + j] = {to_key(x[j]), 0};
+        });
+      });
+      numbers = counted;
+      for (int64_t i = 0; i < ranked_.judged.count; ++i) all[ranked_.judged.at[i]].id = Key<R>(i + 1);
+    }
+    const Element* sorted = radix_sort(elements_.get(), elements_.get() + n, n, parts, digits_);
+    ranked_.is_untied = is_untied(sorted, n);
+    if (ranked_.is_untied)
+      put_in_order(sorted, n);
+    else
+      add_groups(sorted, n);
+    return numbers;
+  }
+
+ private:
+  // Puts the documents from the cut-th score up into elements_, and their number into n: 0 where so many
+  // scores above -inf do not exist. Returns how many scores are not NaN.
+  template <class S>
+  int64_t select_top(const Row<S>& row, int64_t cut, const Parts& parts, int64_t& n) {
+    int64_t room = 2 * cut + kChunk;
+    R* tops = tops_.need(parts.count * room);
+    std::vector<int64_t> found(parts.count);
+    std::atomic<int64_t> numbers{0};
+    auto larger = std::greater<R>();
+    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
+      R *top = tops + part * room, least = -INFINITY;
+      int64_t count = 0;
+      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t, int64_t in_chunk) {
+        numbers += count_numbers(x, in_chunk);
+        if (count + in_chunk > room) {
+          std::nth_element(top, top + cut - 1, top + count, larger);
+          least = top[cut - 1];
+          count = cut;
+        }
+        for_each_hit(
+            x, in_chunk, least, [](auto a, auto b) { return a > b; },
+            [&](int64_t j, bool hit) {
+              top[count] = x[j];
+              count += hit;
+            });
+      });
+      found[part] = count;
+    });
+    int64_t count = found[0];
+    for (int64_t part = 1; part < parts.count; count += found[part++])
+      std::copy_n(tops + part * room, found[part], tops + count);
+    if (count < cut) return numbers;
+    std::nth_element(tops, tops + cut - 1, tops + count, larger);
+    R least = tops[cut - 1];
+
+    std::vector<std::vector<Element>> chosen(parts.count);
+    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
+      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t first, int64_t in_chunk) {
+        for_each_hit(
+            x, in_chunk, least, [](auto a, auto b) { return a >= b; },
+            [&](int64_t j, bool hit) {
+              if (hit) chosen[part].push_back({to_key(x[j]), Key<R>(first + j)});
+            });
+      });
+    });
+    for (const auto& of_part : chosen) n += of_part.size();
+    Element* element = elements_.need(2 * n);
+    for (const auto& of_part : chosen) element = std::copy(of_part.begin(), of_part.end(), element);
+    int64_t i = 0;
+    for (element = elements_.get(); element < elements_.get() + n; ++element) {
+      while (i < ranked_.judged.count && ranked_.judged.at[i] < int64_t(element->id)) ++i;
+      element->id =
+          i < ranked_.judged.count && ranked_.judged.at[i] == int64_t(element->id) ? Key<R>(i + 1) : 0;
+    }
+    return numbers;
+  }
+
+  // f(j, is(x[j], score)) for all j of the vectors of which any is.
+  template <class Is, class F>
+  static void for_each_hit(const R* x, int64_t n, R score, const Is& is, const F& f) {
+    for (int64_t j = 0; j < n; j += 4 * L) {
+      IntVec<R> any{};
+      for (int64_t i = j; i < std::min(n, j + 4 * L); i += L) any |= is(load<R>(x + i), splat(score));
+      if (lane_bits(any))
+        for (int64_t i = j; i < std::min(n, j + 4 * L); ++i) f(i, is(x[i], score));
+    }
+  }
+
+  // In what follows documents are sorted by ascending key; id - 1 is the judged document's, 0 says none.
+
+  static bool is_untied(const Element* sorted, int64_t n) {
+    bool tied = false;
+    for (int64_t i = 1; i < n; ++i) tied |= sorted[i].key == sorted[i - 1].key;
+    return !tied;
+  }
+
+  // Where the judged documents are in the order.
+  int64_t find_places(const Element* sorted, int64_t n, int32_t* at) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      at[count] = int32_t(i);
+      count += sorted[i].id != 0;
+    }
+    return count;
+  }
+
+  void put_in_order(const Element* sorted, int64_t n) {
+    int32_t* at = id_.need(n + 1);
+    int64_t count = find_places(sorted, n, at);
+    ranked_.untied.begin(count);
+    for (int64_t i = 0; i < count; ++i) ranked_.untied.put(i, at[i], ranked_.gain[sorted[at[i]].id - 1]);
+    if (!ranked_.plain)
+      ranked_.untied.choose_relevant(
+          [&](int64_t i) { return ranking::is_relevant(ranked_.judged.y[sorted[at[i]].id - 1], ranked_.o); });
+  }
+
+  void add_groups(const Element* sorted, int64_t n) {
+    int32_t* at = id_.need(n + ranked_.judged.count + 1);
+    int64_t count = find_places(sorted, n, at);
+    int32_t* ids = at + count;
+    for (int64_t c = 0; c < count;) {
+      int64_t begin = at[c], end = begin + 1, in_group = 0;
+      auto key = sorted[begin].key;
+      if (ranked_.o.ties != ranking::stable) {
+        while (begin > 0 && sorted[begin - 1].key == key) --begin;
+        while (end < n && sorted[end].key == key) ++end;
+      }
+      for (; c < count && at[c] < end; ++c) ids[in_group++] = int32_t(sorted[at[c]].id - 1);
+      if (end == begin + 1)
+        ranked_.add_one(begin, ids[0]);
+      else
+        ranked_.add_group(begin, end - begin, ids, in_group);
+    }
+  }
+
+  Ranked& ranked_;
+  Buffer<int32_t> id_;
+  Buffer<Element> elements_;
+  Buffer<R> tops_;
+  Buffer<Key<R>> digits_;
+};
+
+TORCHFAST_END_KERNELS
+
+#endif
