@@ -1,4 +1,5 @@
 // exp, log, log1p and tanh of vectors, on the parts of their domains that the losses need.
+// tests/kernels/math.cpp holds each to the error that is stated here.
 #if defined(TORCHFAST_SIMD_MATH_INL_H) == defined(TORCHFAST_TOGGLE)
 #ifdef TORCHFAST_SIMD_MATH_INL_H
 #undef TORCHFAST_SIMD_MATH_INL_H
@@ -17,9 +18,10 @@ template <class R>
 constexpr R kLeastExponent = std::is_same_v<R, float> ? R(-87.3365) : R(-708.39);
 
 // exp(x) for x <= 0, NaN for NaN, 0 below kLeastExponent. exp(r) = 1 + r + r^2 q(r) on
-// |r| <= log(2)/2, q fitted at Chebyshev nodes: relative error 1e-8 and 2e-17 before rounding. The
-// scale 2^n is multiplied in, not added to the exponent's bits: those of a NaN could turn finite.
-// `low` makes the argument x + low, more precise than one number.
+// |r| <= log(2)/2, q fitted at Chebyshev nodes: relative error 1e-8 and 2e-17 before rounding,
+// at most 1.25 ulp of floats and 1 of doubles after it. The scale 2^n is multiplied in, not added to the
+// exponent's bits: those of a NaN could turn finite. `low` makes the argument x + low, more precise than one
+// number.
 TORCHFAST_INLINE Vec<float> exp_nonpositive(Vec<float> x, auto... low) {
   constexpr float magic = 0x1.8p23f + 127;  // rounds to an integer, held in the low bits
   Vec<float> sum = (x + ... + low);
@@ -58,7 +60,7 @@ TORCHFAST_INLINE Vec<double> exp_nonpositive(Vec<double> x, auto... low) {
   return sum < kLeastExponent<double> ? splat(0.0) : q * scale;
 }
 
-// log(x) for normal x > 0 (Cephes logf), about 1 ulp.
+// log(x) for normal x > 0 (Cephes logf), at most 0.9 ulp.
 TORCHFAST_INLINE Vec<float> log_positive(Vec<float> x) {
   // Mantissa in [sqrt(1/2), sqrt(2)): 0x3f3504f3 is sqrt(1/2). Unsigned, for lanes that are not positive.
   IntVec<float> shifted = bit_cast<IntVec<float>>(bit_cast<WordBits>(x) - 0x3f3504f3u);
@@ -77,7 +79,7 @@ TORCHFAST_INLINE Vec<float> log_positive(Vec<float> x) {
   return f + low + e * 0.693359375f;
 }
 
-// log(1 + x) for x >= 0, NaN for NaN.
+// log(1 + x) for finite x >= 0, at most 1.25 ulp; NaN for NaN.
 TORCHFAST_INLINE Vec<float> log1p_nonnegative(Vec<float> x) {
   Vec<float> u = x + 1.0f;
   Vec<float> result = log_positive(u) + (x - (u - 1.0f)) / u;
@@ -85,7 +87,7 @@ TORCHFAST_INLINE Vec<float> log1p_nonnegative(Vec<float> x) {
 }
 
 // log(1 + x) for 0 <= x <= 1, NaN for NaN: x - x^2 q(x), fitted for the least relative error (3e-8
-// before rounding), 1.7 ulp. Summed in pairs (Estrin): Horner's chain of ten would be waited for.
+// before rounding), at most 1.7 ulp. Summed in pairs (Estrin): Horner's chain of ten would be waited for.
 TORCHFAST_INLINE Vec<float> log1p_unit(Vec<float> x) {
   Vec<float> x2 = x * x, x4 = x2 * x2;
   Vec<float> q0 = x * 3.33213211e-1f - 4.99996479e-1f;
@@ -97,6 +99,7 @@ TORCHFAST_INLINE Vec<float> log1p_unit(Vec<float> x) {
   return (q4 * x4 + q0) * x2 + x;
 }
 
+// At most 1.6 ulp.
 TORCHFAST_INLINE Vec<float> tanh(Vec<float> x) {
   Vec<float> a = x < 0 ? -x : x;
   Vec<float> x2 = x * x;

@@ -106,8 +106,10 @@ void check_all(int samples, double exp_bound, double log_bound, double log1p_bou
 }
 
 void run() {
-  check_all<float>(1 << 20, 9, 9, 9, 9, 9);
-  check_all<double>(1 << 16, 9, 9, 9, 9, 9);
+  // Of floats, what simd/math-inl.h states. Of doubles, exp alone is its own; for the others glibc states
+  // these.
+  check_all<float>(1 << 20, 1.25, 0.9, 1.25, 1.7, 1.6);
+  check_all<double>(1 << 16, 1, 1, 1, 1, 2);
 }
 
 TORCHFAST_END_KERNELS
