@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import sanitizers
 
-BEFORE = "  int64_t n = preds.size(0), outputs"
+HEADERS = "#include <cstdlib>\n#include <limits>\n#include <string>\n"
+BEFORE = "  int64_t n = p.size(0), outputs"
 PLANTED = """
   const char* name = std::getenv("PLANTED");
   std::string planted = name ? name : "";
@@ -40,11 +41,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(sanitizers.ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(sanitizers.ROOT / name, source)
-    kernel = source / "csrc" / "cpu" / "regression.cpp"
+    kernel = source / "csrc" / "regression" / "op.cpp"
     for other in (source / "csrc").rglob("*.cpp"):
-        if other.name not in ("module.cpp", kernel.name):
+        if other.name != "module.cpp" and other.parent.name not in ("regression", "torch"):
             other.unlink()
-    text = kernel.read_text()
+    text = HEADERS + kernel.read_text()
     for where, planted in ((BEFORE, PLANTED), (IN_THREADS, PLANTED_IN_THREADS)):
         assert text.count(where) == 1
         text = text.replace(where, planted + where)

@@ -17,7 +17,7 @@ CSRC = ROOT / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 # GCC makes a multiplication and an addition one instruction, as in the library, among its expensive optimisations.
 FLAGS = ["-O1", "-fexpensive-optimizations", "-ffp-contract=fast", "-std=c++20", "-Wno-psabi", f"-I{CSRC}", f"-I{HERE}"]
-OF_TORCH = ("torch/", "common.h", "ranking_op.h")
+OF_TORCH = ("torch/", "ranking/op.h")
 # Each instruction of AVX and later is named v..., those of BMI are named here.
 WIDE = re.compile(r"\t(v[a-z0-9]+|andn|bextr|bls[a-z]+|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|lzcnt|popcnt|movbe)\s")
 PLANTED = """

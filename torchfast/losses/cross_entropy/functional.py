@@ -260,7 +260,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
         yield Sample((x, t, positive(shape[1])), {"gamma": 2.0, "label_smoothing": 0.1, "reduction": "sum"})
 
 
-# ---- Registration: csrc/cpu/cross_entropy.cpp serves the CPU, triton_kernels.py GPUs ---------
+# ---- Registration: csrc/cross_entropy serves the CPU, triton_kernels.py GPUs -----------------
 
 _op = register(
     "cross_entropy",

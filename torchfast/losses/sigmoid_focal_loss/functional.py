@@ -236,7 +236,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
         yield Sample((x, integers(-1, shape[-1], shape[0]), 0.25, 2.0, "sum"), {"weight": positive(shape[-1])})
 
 
-# ---- Registration: csrc/cpu/sigmoid_focal_loss.cpp serves the CPU, triton_kernels.py GPUs ----
+# ---- Registration: csrc/sigmoid_focal_loss serves the CPU, triton_kernels.py GPUs ------------
 
 _op = register(
     "sigmoid_focal_loss",

@@ -297,7 +297,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
         yield Sample((values(n, 3), values(n, 3), KINDS), {"sample_weight": weights(n) + (n == 1)})
 
 
-# ---- Registration: csrc/cpu/regression.cpp serves the CPU --------------------------------------
+# ---- Registration: csrc/regression serves the CPU ------------------------------------------
 
 _moments = register_metric(
     "regression_moments",
