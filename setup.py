@@ -205,7 +205,7 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
     stable = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE / 'csrc'}", f"-isystem{torch / 'include'}")
     sources = sorted(source for source in (HERE / "csrc").rglob("*.cpp") if source != module)
     steps += [compiled(source, *compiler, *flags, *stable) for source in sources]
-    python = (f"-isystem{sysconfig.get_path('include')}", f"-isystem{torch / 'include'}")
+    python = (f"-I{HERE / 'csrc'}", f"-isystem{sysconfig.get_path('include')}", f"-isystem{torch / 'include'}")
     extension = [compiled(module, *compiler, *flags, *python)]
     return [*steps, linked("_kernels.so", steps, *libraries)], [*extension, linked("_C.so", extension)]
 

@@ -90,7 +90,7 @@ def compile_all(include: Path) -> list[str]:
     """What the compiler says of each file that does not compile."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     stable = [f"-I{CSRC}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    module = [*BUILD, f"-isystem{sysconfig.get_path('include')}"]
+    module = [*BUILD, f"-I{CSRC}", f"-isystem{sysconfig.get_path('include')}"]
 
     def check(source: Path) -> str:
         flags = module if source.name == "module.cpp" else stable

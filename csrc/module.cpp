@@ -1,7 +1,7 @@
 // torchfast._C: what was built, for the Python at hand. The kernels are a library of their own, _kernels.so.
 #include <pybind11/pybind11.h>
 
-#include "isa.h"
+#include "simd/isa.h"
 #include "symbols.h"
 
 namespace py = pybind11;
