@@ -762,7 +762,7 @@ def test_wrong_metric_names(name, message):
         ({"metrics": [["mrr"]]}, TypeError, r"metrics must be strings such as 'ndcg@10', got \['mrr'\]"),
         ({"ties": ["average"]}, ValueError, "ties must be 'average', 'stable', 'optimistic' or 'pessimistic'"),
         ({"preds": [1.0]}, TypeError, "preds must be a tensor of float32, .* got list"),
-        ({"preds": P.long()}, TypeError, "preds must be float32, .* got torch.int64"),
+        ({"preds": P.long()}, TypeError, "preds must be a tensor of float32, .* got torch.int64"),
         ({"preds": P[0], "target": Y[0]}, ValueError, r"flat preds need offsets or indexes, a single query is preds\["),
         ({"preds": P[None], "target": Y[None]}, ValueError, r"preds' shape must be \(queries, documents\), got \(1, 1"),
         ({"target": [[0, 1, 0]]}, TypeError, "target must be a tensor of bool, integers or floats, got list"),
