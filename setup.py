@@ -81,7 +81,7 @@ def find_torch() -> Path:
         raise BuildError(
             f"torch {torch.__version__} is too old, {oldest} or newer is needed: pip install 'torch>={oldest}'"
         )
-    return Path(torch.__file__).parent
+    return Path(torch.__file__).resolve().parent  # as GCC names its files
 
 
 def find_compiler() -> list[str]:
