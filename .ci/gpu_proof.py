@@ -38,7 +38,7 @@ SECONDS = 480  # what the limits of STEPS are made for
 RANKING = ("test_ranking", "test_metric_ops", "test_ranking_module")
 CONTRACT = (
     *("test_ops", "test_cross_entropy", "test_sigmoid_focal_loss", "test_linear_cross_entropy", "test_classification"),
-    *("test_regression", "test_classification_module", "test_selftest"),
+    *("test_regression", "test_classification_module", "test_selftest", "test_dtypes", "test_no_data"),
 )
 NEEDED = {  # by tests, beyond pytest and hypothesis
     "sklearn": ("test_classification", "test_regression"),
