@@ -35,9 +35,9 @@ demo: .venv/cpu-built
 	$(BIN)/python examples/train_digits.py
 	$(BIN)/python examples/retrieve_digits.py
 
-LOSSES := $(addprefix tests/test_,ops.py cross_entropy.py sigmoid_focal_loss.py linear_cross_entropy.py)
-METRICS := $(addprefix tests/test_,metric_ops.py ranking.py classification.py regression.py)
-TRITON := tests/test_triton_cross_entropy.py tests/test_triton_sigmoid_focal_loss.py
+LOSSES := $(addprefix tests/losses/test_,ops.py cross_entropy.py sigmoid_focal_loss.py linear_cross_entropy.py)
+METRICS := $(addprefix tests/metrics/test_,metric_ops.py ranking.py classification.py regression.py)
+TRITON := tests/losses/test_triton_cross_entropy.py tests/losses/test_triton_sigmoid_focal_loss.py
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # Everything, and then what the kernels of each mode change: tests/conftest.py has the rule.
@@ -46,7 +46,8 @@ test: setup lint types
 	TORCHFAST_ISA=avx2 $(PYTEST) $(LOSSES) $(METRICS)
 	TORCHFAST_ISA=baseline $(PYTEST) $(LOSSES) $(METRICS)
 	$(PYTEST) --kernel reference $(LOSSES) $(METRICS) tests/test_selftest.py
-	$(BIN)/python tests/cuda_emulator -q -n auto --dist worksteal -k ranking tests/test_ranking.py tests/test_metric_ops.py
+	$(BIN)/python tests/kernels/cuda_emulator -q -n auto --dist worksteal -k ranking \
+		tests/metrics/test_ranking.py tests/metrics/test_metric_ops.py
 	$(PYTEST) --kernel triton $(LOSSES) $(TRITON) tests/test_selftest.py
 
 lint: setup
@@ -78,13 +79,13 @@ dist: setup
 # What reads and writes memory, at odd sizes and strides; not what is about Python alone.
 SANITIZED := (test_ops or test_metric_ops or strides or layout or sizes or any_size or any_spread or cut_off_is_0) \
 	and not opcheck and not compile and not samples_reach and not memory
-SANITIZE := $(BIN)/python tests/sanitizers.py address,undefined -m pytest -q -n auto --kernel native --capture=sys
+SANITIZE := $(BIN)/python tests/kernels/sanitizers.py address,undefined -m pytest -q -n auto --kernel native --capture=sys
 
 sanitize: setup
 	$(SANITIZE) $(LOSSES) $(METRICS) -k "$(SANITIZED)"
-	TORCHFAST_ISA=avx2 $(SANITIZE) tests/test_ops.py tests/test_metric_ops.py -k "strides or layout or dtype"
-	TORCHFAST_ISA=baseline $(SANITIZE) tests/test_ops.py tests/test_metric_ops.py -k "strides or layout or dtype"
-	$(BIN)/python tests/sanitizers.py thread -m torchfast.selftest --device cpu
+	TORCHFAST_ISA=avx2 $(SANITIZE) tests/losses/test_ops.py tests/metrics/test_metric_ops.py -k "strides or layout or dtype"
+	TORCHFAST_ISA=baseline $(SANITIZE) tests/losses/test_ops.py tests/metrics/test_metric_ops.py -k "strides or layout or dtype"
+	$(BIN)/python tests/kernels/sanitizers.py thread -m torchfast.selftest --device cpu
 
 clean:
 	rm -rf .venv build dist site *.egg-info torchfast/_C*.so

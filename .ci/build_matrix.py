@@ -2,9 +2,9 @@
 
 A row is PYTHON:TORCH:SETUPTOOLS, as in 3.12:2.11.0:81.0.0; without one, those below. Each gets an environment and a
 copy of the sources of its own, where it builds in place, reports (`torchfast.info`), checks its kernels
-(`torchfast.selftest`) and runs tests/test_ops.py on the CPU; then both are deleted. The package index gives CUDA builds
-of torch, about 6 GB while they are there, so rows take their turns. A Python that is not on the PATH may be one of
-pyenv's. Prints a table, and exits 1 if any row failed.
+(`torchfast.selftest`) and runs tests/losses/test_ops.py on the CPU; then both are deleted. The package index gives
+CUDA builds of torch, about 6 GB while they are there, so rows take their turns. A Python that is not on the PATH may be
+one of pyenv's. Prints a table, and exits 1 if any row failed.
 
 The CUDA sources include no header of torch, and `.ci/torch_headers.py` compiles their bindings: they are left out here.
 """
@@ -73,7 +73,7 @@ def attempt(python: str, torch: str, setuptools: str) -> tuple[str, ...]:
             raise RuntimeError(f"{info['missing']}, {info['build']}")
         rows = json.loads(run(interpreter, "-m", "torchfast.selftest", "--json", cwd=source))["rows"]
         samples, error = sum(row["samples"] for row in rows), max(row["max_error"] for row in rows)
-        tests = run(interpreter, "-m", "pytest", "-q", "--device", "cpu", "tests/test_ops.py", cwd=source)
+        tests = run(interpreter, "-m", "pytest", "-q", "--device", "cpu", "tests/losses/test_ops.py", cwd=source)
         version = "import setuptools; print(setuptools.__version__)"
         return (
             info["versions"]["python"],

@@ -35,14 +35,15 @@ from gpu_report import Lines, Outcome, junit, last_line, of_benchmark, of_result
 
 SECONDS = 480  # what the limits of STEPS are made for
 
-RANKING = ("test_ranking", "test_metric_ops", "test_ranking_module")
+RANKING = ("metrics/test_ranking", "metrics/test_metric_ops", "metrics/test_ranking_module")
 CONTRACT = (
-    *("test_ops", "test_cross_entropy", "test_sigmoid_focal_loss", "test_linear_cross_entropy", "test_classification"),
-    *("test_regression", "test_classification_module", "test_selftest", "test_dtypes", "test_no_data"),
+    *("losses/test_ops", "losses/test_cross_entropy", "losses/test_sigmoid_focal_loss"),
+    *("losses/test_linear_cross_entropy", "metrics/test_classification", "metrics/test_regression"),
+    *("metrics/test_classification_module", "test_selftest", "test_dtypes", "test_no_data"),
 )
 NEEDED = {  # by tests, beyond pytest and hypothesis
-    "sklearn": ("test_classification", "test_regression"),
-    "torchmetrics": ("test_ranking_module", "test_classification_module"),
+    "sklearn": ("metrics/test_classification", "metrics/test_regression"),
+    "torchmetrics": ("metrics/test_ranking_module", "metrics/test_classification_module"),
 }
 LOSSES = "large/(CE/4096x32000|focal/4096x32000/bf16)|sigmoid/focal/16384x4096"
 REHEARSED = {"losses": "CE/8x128256/bf16", "ranking": "ranking/.*/10000x1000", "others": "CE/1000000x10/fp32"}

@@ -1,6 +1,6 @@
 """A pytest plugin: this process's share of the tests, most valuable first, each result written as soon as it is there.
 
-    GPU_LINES=FILE GPU_WORKER=3/12 python -m pytest -p gpu_pytest -m gpu tests/test_ops.py
+    GPU_LINES=FILE GPU_WORKER=3/12 python -m pytest -p gpu_pytest -m gpu tests/losses/test_ops.py
 
 One of every test comes before a second one of any, and what compiles with inductor, which takes seconds, comes last.
 A process that takes the place of a dead one goes on after the test that killed it.

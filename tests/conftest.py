@@ -4,7 +4,7 @@ pytest                     the kernels that serve the CPU here, and those of eac
 pytest -m gpu              the GPUs alone
 pytest --kernel triton     Triton's kernels on CPU tensors, in its interpreter
 pytest --kernel reference  plain PyTorch
-python tests/cuda_emulator the CUDA kernels of the metrics on CPU tensors, in an emulator
+python tests/kernels/cuda_emulator the CUDA kernels of the metrics on CPU tensors, in an emulator
 TORCHFAST_ISA=avx2 pytest  the CPU's kernels in narrower vectors (baseline: in those of every x86-64)
 
 The first of these, and GPUs, run every test. The others test the same code with other kernels in it. They leave out

@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def run_together(script, runs, folder):
     """``script RANK RUNS INIT_FILE``, once as each of the processes: counts[RANK] is how many batches it has in a run.
     What all of them print."""
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     processes = [
         subprocess.Popen(
-            [sys.executable, TESTS / script, str(rank), json.dumps(runs), folder / "init"],
+            [sys.executable, ROOT / "tests" / script, str(rank), json.dumps(runs), folder / "init"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,4 +1,4 @@
-// Gives ranking.cu to PyTorch's dispatcher. The emulator's build (tests/cuda_emulator) gives its own to the
+// Gives ranking.cu to PyTorch's dispatcher. The emulator's build (tests/kernels/cuda_emulator) gives its own to the
 // CPU.
 #if defined(TORCHFAST_WITH_CUDA) || defined(TORCHFAST_EMULATED)
 

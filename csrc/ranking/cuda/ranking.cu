@@ -14,7 +14,7 @@
 // Counts are integers, sums of doubles have a fixed order: results are the same in every run. One thread
 // alone walks through a tie group for mrr, hit_rate and map over hits, as far as the cut-off.
 //
-// Plain CUDA, which tests/cuda_emulator also compiles for the CPU.
+// Plain CUDA, which tests/kernels/cuda_emulator also compiles for the CPU.
 #include <algorithm>
 
 #include "ranking/cuda/kernels.cuh"

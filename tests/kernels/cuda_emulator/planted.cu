@@ -1,5 +1,5 @@
 // Kernels with a mistake each, and the same without it: `planted <name> <0 or 1>` ends with 0 when the
-// result is right. tests/test_cuda_emulator.py sees to it that every mistake is caught.
+// result is right. tests/kernels/test_cuda_emulator.py sees to it that every mistake is caught.
 #include <cuda_runtime.h>
 
 #include <cstdio>

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("mkdocs", reason="the site is built by mkdocs, which is not installed")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted(page.relative_to(ROOT / "docs").with_suffix(".html") for page in (ROOT / "docs").rglob("*.md"))
 WIDTH = 1280
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SCORES = ("accuracy", "macro-F1", "tail's F1")
 
 

@@ -1,7 +1,9 @@
 """Runs a Python command on a build of the C++ kernels whose every memory access or integer operation is checked.
 
-python tests/sanitizers.py address,undefined -m pytest tests/test_ops.py   # the build goes into build/sanitize-...
-python tests/sanitizers.py thread -m torchfast.selftest                    # looks for data races
+python tests/kernels/sanitizers.py address,undefined -m pytest tests/losses/test_ops.py
+python tests/kernels/sanitizers.py thread -m torchfast.selftest    # looks for data races
+
+The build goes into build/sanitize-...
 
 The first finding ends the process, and its report says where it was. pytest needs --capture=sys, or it swallows that.
 """
@@ -12,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 SANITIZERS = "address,undefined"
 LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
 
@@ -37,14 +40,14 @@ def environment(folder: Path, sanitizers: str = SANITIZERS) -> dict[str, str]:
     ]
     if sanitizers == "thread" and folder.exists():
         libraries.append(str(folder / "tsan_parallel_for.so"))
-        source = ROOT / "tests" / "tsan_parallel_for.c"
+        source = HERE / "tsan_parallel_for.c"
         subprocess.run([*compiler, "-x", "c", "-fPIC", "-shared", source, "-o", libraries[-1], "-ldl"], check=True)
     return os.environ | {
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end, and a container may forbid ptrace
         "UBSAN_OPTIONS": "print_stacktrace=1",
         # torch's mutexes: only some of its libraries are suppressed.
-        "TSAN_OPTIONS": f"halt_on_error=1:report_mutex_bugs=0:suppressions={ROOT / 'tests' / 'tsan_suppressions.txt'}",
+        "TSAN_OPTIONS": f"halt_on_error=1:report_mutex_bugs=0:suppressions={HERE / 'tsan_suppressions.txt'}",
         "PYTHONPATH": str(folder),
         "PYTHONSAFEPATH": "1",  # not the sources' own torchfast, with the normal build
     }

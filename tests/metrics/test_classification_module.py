@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from torchfast.metrics import (
     roc_auc_score,
 )
 
-TESTS = Path(__file__).parent
 TASKS = ("binary", "multiclass", "multilabel")
 every_task = pytest.mark.parametrize("task", TASKS)
 either = pytest.mark.parametrize("weighted", (False, True), ids=("plain", "weighted"))
@@ -277,7 +275,7 @@ def test_a_collection_does_not_merge_metrics_that_agree_on_the_first_batch(devic
 
 @pytest.mark.parametrize("runs", [((2, 3), (3, 0)), ((2, 3, 1), (3, 1, 0), (1, 0, 2))], ids=["two", "three"])
 def test_processes_with_different_numbers_of_batches(runs, tmp_path):
-    for counts, found in zip(runs, run_together("classification_process.py", runs, tmp_path), strict=True):
+    for counts, found in zip(runs, run_together("metrics/classification_process.py", runs, tmp_path), strict=True):
         for weighted, task in itertools.product((False, True), (*TASKS, "regression")):
             batches = batches_of(task, "cpu", range(sum(counts)))
             for name, value in at_once(task, batches, weighted).items():

@@ -264,7 +264,7 @@ def test_trec_eval_reads_scores_in_single_precision():
 def collection():
     """Its tensors_of; judgements of which some are negative or not retrieved; results of which some are not judged or
     tied, and queries without results or without judgements."""
-    page = Path(__file__).parents[1] / "docs" / "ranking-metrics.md"
+    page = Path(__file__).parents[2] / "docs" / "ranking-metrics.md"
     (recipe,) = re.findall(r"^def tensors_of.*?\n\n", page.read_text(), re.M | re.S)
     namespace = {"torch": torch}
     exec(recipe, namespace)

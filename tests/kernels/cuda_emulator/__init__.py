@@ -1,6 +1,6 @@
 """Runs CUDA sources on the CPU: see cuda_runtime.h, which takes the place of CUDA's own.
 
-python tests/cuda_emulator tests/test_ranking.py    # pytest, with the CUDA kernels as those of the CPU
+python tests/kernels/cuda_emulator tests/metrics/test_ranking.py    # pytest, with the CUDA kernels as those of the CPU
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 SANITIZERS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=all", "-fsanitize-sections=cuda_shared"]
 FLAGS = ["-O2", "-g", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}", *SANITIZERS]

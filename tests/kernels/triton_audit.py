@@ -1,7 +1,7 @@
 """Compiles the Triton kernels without a GPU, exactly as the launcher would launch them, and reads the code.
 
-    python tests/triton_audit.py           writes docs/gpu-audit.md
-    python tests/triton_audit.py --all     every option and tile, on every target (half an hour); prints offenders
+    python tests/kernels/triton_audit.py           writes docs/gpu-audit.md
+    python tests/kernels/triton_audit.py --all     all options, tiles and targets (half an hour); prints offenders
 
 The launcher runs on meta tensors, which have shapes and strides but no data: a launcher that looked at
 data would raise here. Triton's driver is replaced by one that names the target and launches nothing, so
@@ -377,7 +377,7 @@ def compile_all(configs: list[Config]) -> list[Kernel]:
 
 # ---- The document -------------------------------------------------------------------------------
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "gpu-audit.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "gpu-audit.md"
 
 
 def table(kernels: list[Kernel]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from torchmetrics import MetricCollection
 from torchmetrics.retrieval import RetrievalMRR
 
 from torchfast.metrics import RankingMetrics, ranking_metrics
-
-TESTS = Path(__file__).parent
 
 
 def states_of(metric):
@@ -201,7 +198,7 @@ def test_a_collection_does_not_merge_metrics_that_agree_on_the_first_batch(devic
     "runs", [((2, 3), (3, 0)), ((2, 3, 1), (3, 1, 0), (0, 0, 0), (1, 0, 4), (0, 2, 1))], ids=["two", "three"]
 )
 def test_processes_with_different_numbers_of_batches(runs, tmp_path):
-    for counts, found in zip(runs, run_together("ranking_process.py", runs, tmp_path), strict=True):
+    for counts, found in zip(runs, run_together("metrics/ranking_process.py", runs, tmp_path), strict=True):
         batches = [batch(n) for n in range(sum(counts))] or [[x[:0] for x in batch(0)]]
         preds, target, weight = all_of(batches)
         expected = {f"mean_{n}": v for n, v in ranking_metrics(preds, target, NAMES).items()}

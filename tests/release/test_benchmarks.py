@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the GPU's benchmark needs triton, which is not installed"
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 BYTES = {"fp32": 4, "bf16": 2}
 

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / ".ci"))
 
 import gpu_children  # noqa: E402
@@ -119,7 +119,7 @@ def test_the_rehearsal_runs_samples_of_every_op(rehearsal):
 def test_the_rehearsal_runs_tests_of_ranking_and_of_the_losses(rehearsal):
     suite = ElementTree.parse(rehearsal[0] / "tests.xml").getroot()
     files = {case.get("classname") for case in suite.iter("testcase")}
-    assert files == {"tests/test_ranking.py", "tests/test_ops.py"}
+    assert files == {"tests/metrics/test_ranking.py", "tests/losses/test_ops.py"}
     assert suite.get("failures") == "0" and int(suite.get("tests")) > 5
     for name in "ranking", "contract":
         assert re.fullmatch(r"\d+ tests, 0 failed", step(rehearsal, name))
@@ -327,8 +327,8 @@ def test_a_graph_that_does_not_replay_is_noticed(proof):
 
 def test_every_test_that_takes_a_device_is_in_the_contract():
     takes_one = {
-        path.stem
-        for path in (ROOT / "tests").glob("test_*.py")
+        str(path.relative_to(ROOT / "tests").with_suffix(""))
+        for path in (ROOT / "tests").rglob("test_*.py")
         if re.search(r"def test_\w+\([^)]*\bdevice\b", path.read_text())
     }
     ours = {*gpu_proof.RANKING, *gpu_proof.CONTRACT}
@@ -365,9 +365,9 @@ def test_the_summary_names_what_is_wrong_slow_and_lost():
         row("sigmoid/focal/16384x4096/bf16", 0.79, ("torchfast: wrong: loss and gradient errors",), eager=0.9),
     ]
     tests = [
-        {"end": "tests/test_ops.py::test_a", "failures": []},
-        {"end": "tests/test_ops.py::test_b", "failures": ["AssertionError: 1 of 8 wrong\n  a traceback"]},
-        {"end": "tests/test_ops.py::test_c", "failures": [], "skipped": "a reason"},
+        {"end": "tests/losses/test_ops.py::test_a", "failures": []},
+        {"end": "tests/losses/test_ops.py::test_b", "failures": ["AssertionError: 1 of 8 wrong\n  a traceback"]},
+        {"end": "tests/losses/test_ops.py::test_c", "failures": [], "skipped": "a reason"},
     ]
     outcomes = [
         gpu_report.of_results("contract", "tests", tests, cut=True),
@@ -382,7 +382,7 @@ def test_the_summary_names_what_is_wrong_slow_and_lost():
         benchmark        0 s  3 cases
         ncu          skipped  without ncu
         wrong: 2
-          contract: tests/test_ops.py::test_b: AssertionError: 1 of 8 wrong
+          contract: tests/losses/test_ops.py::test_b: AssertionError: 1 of 8 wrong
           benchmark: sigmoid/focal/16384x4096/bf16: torchfast: wrong: loss and gradie...
         below 80% of the copy bandwidth: 2
           0.41 of copy: ranking/5 relevant/100000x100/fp32, 1640 GB/s

@@ -166,5 +166,5 @@ def test_the_document_says_what_is_compiled(kernels):
     rows = [k for k in kernels if k.config in set(triton_audit.documented("sm_90")) & audited]
     assert rows
     for line in triton_audit.table(rows).splitlines()[2:]:
-        assert line in text, f"docs/gpu-audit.md is stale: python tests/triton_audit.py; {line}"
+        assert line in text, f"docs/gpu-audit.md is stale: python tests/kernels/triton_audit.py; {line}"
     assert triton_audit.projection() in text

@@ -26,7 +26,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 import torchfast
 from torchfast import _register, info, losses, metrics, selftest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
