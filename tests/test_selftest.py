@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from torchfast import selftest
+from torchfast._options import as_object
 from torchfast._register import Sample, metrics, registry
-from torchfast.losses.cross_entropy.reference import reference, reference_backward
+from torchfast.losses.cross_entropy import reference as plain
 
+reference = registry["cross_entropy"].reference
+reference_backward = as_object(plain.reference_backward, registry["cross_entropy"].options, 6)
 COUNTS = ("class_counts", "label_counts")  # of which every digit is right
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")  # of planted kernels

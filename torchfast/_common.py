@@ -19,7 +19,8 @@ INTEGERS = frozenset(
 )
 REALS = FLOATS | INTEGERS | {torch.bool}
 BOOL = frozenset((torch.bool,))
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+NONE, MEAN, SUM = range(3)
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 
 def accumulate_dtype(logits: Tensor) -> torch.dtype:
@@ -73,6 +74,16 @@ def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
         check_tensor("normalizer", normalizer, REALS, "a number or a tensor of integers or floats")
     shape = tuple(normalizer.shape) if isinstance(normalizer, Tensor) else ()
     check("normalizer's shape", shape == (), shape, "()")
+
+
+def reduction_of(reduction: str, empty: str, normalizer: float | Tensor | None) -> int:
+    """The op's. What a normalizer divides is the sum."""
+    check("reduction", reduction in REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
+    check("empty", empty in ("nan", "zero"), empty, "'nan' or 'zero'")
+    if normalizer is None:
+        return REDUCTIONS[reduction]
+    check_normalizer(normalizer, reduction)
+    return SUM
 
 
 def normalized(loss: Tensor, normalizer: float | Tensor | None) -> Tensor:

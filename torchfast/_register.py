@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchfast._options import Options, as_object
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -50,6 +52,7 @@ class Op:
     """How many of the inputs, the first ones, are tensors or None."""
     inplace: bool
     """Whether its last option is ``inplace_backward``."""
+    options: type[Options] | None
 
     def __call__(self, *inputs: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -89,15 +92,21 @@ def register(
     reference_backward: Callable[..., Tensor],
     fake: Callable[..., tuple[Tensor, ...]],
     sample_inputs: Callable[..., Iterable[Sample]],
+    options: type[Options] | None = None,
 ) -> Op:
     """Defines ``torchfast::<name>`` and its backward, and enters them in the registry.
 
     ``inputs`` and ``residuals`` are schema text. The differentiable input is the first, and tensors come
-    before options. If the last option is ``bool inplace_backward``, there is also ``<name>_backward_``,
+    before options. These may be given as a dataclass instead, ``options``, of which the other functions then take one
+    object in their place. If the last option is ``bool inplace_backward``, there is also ``<name>_backward_``,
     which writes the gradient over the first input where that option is true.
     """
+    if options is not None:
+        inputs = f"{inputs}, {options.schema()}"
     first, rest = inputs.split(",", 1)
     tensors = sum(argument.split()[0].startswith("Tensor") for argument in inputs.split(","))
+    reference, fake = as_object(reference, options, tensors), as_object(fake, options, tensors)
+    reference_backward = as_object(reference_backward, options, 1 + tensors)
     others = inputs.count(",")
     outputs = ", ".join(["Tensor"] * (2 + residuals.count(",")))
     saved = f"{rest}, {residuals}"
@@ -160,7 +169,8 @@ def register(
             return loss
 
     Fused.backward = staticmethod(backward)  # type: ignore[assignment]
-    registry[name] = Op(name, function, sample_inputs, reference, forward_op, backward_op, Fused, tensors, has_inplace)
+    ops = forward_op, backward_op
+    registry[name] = Op(name, function, sample_inputs, reference, *ops, Fused, tensors, has_inplace, options)
     return registry[name]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torchfast._env import flag
+from torchfast._options import as_object
 from torchfast._register import Op
 
 
@@ -32,14 +33,16 @@ def interpreted() -> bool:
 
 
 def register(module: str, op: Op) -> None:
-    """Registers the functions ``name``, ``name_backward`` and ``name_backward_`` of ``module`` as kernels for GPUs."""
+    """Registers the functions ``name``, ``name_backward`` and ``name_backward_`` of ``module`` as kernels for GPUs.
+    They take the op's options as one object, if it has such."""
     if unavailable_reason():
         return
     devices = ("cuda", "xpu", "cpu") if interpreted() else ("cuda", "xpu")
 
     @functools.cache
     def kernel(name: str) -> Callable[..., Any]:
-        return getattr(importlib.import_module(module), name)
+        launcher = getattr(importlib.import_module(module), name)
+        return as_object(launcher, op.options, op.tensors + (name != op.name))
 
     for name in (op.name, f"{op.name}_backward", *([f"{op.name}_backward_"] if op.inplace else [])):
 

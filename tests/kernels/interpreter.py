@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +11,6 @@ import numpy as np
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
-from triton.runtime.jit import KernelParam
 
 _Builder = interpreter.InterpreterBuilder
 
@@ -38,10 +35,7 @@ def install() -> None:
         return self.rewrite()(*args, **kwargs)
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        types = _types_of_floats(self.fn)
-        args = tuple(_passed(arg, types.get(name)) for name, arg in zip(self.arg_names, args, strict=False))
-        kwargs = {name: _passed(arg, types.get(name)) for name, arg in kwargs.items()}
-        return launch(self, *args, grid=grid, warmup=warmup, **kwargs)
+        return launch(self, *map(_passed, args), grid=grid, warmup=warmup, **kwargs)
 
     patched: set[str] = set()
     launch = interpreter.InterpretedFunction.run
@@ -52,19 +46,14 @@ def install() -> None:
     interpreter.InterpretedFunction.run = run
 
 
-@functools.cache
-def _types_of_floats(kernel: Any) -> dict[str, tl.dtype]:
-    """In which type each parameter takes a Python float: by Triton's own rule the annotated one, if it is one that
-    Triton knows, else fp32. The interpreter, which passes the number itself, looks at no annotation but constexpr."""
-    parameters = [KernelParam(i, p, False, False) for i, p in enumerate(inspect.signature(kernel).parameters.values())]
-    return {p.name: tl.str_to_ty(p.annotation_type or "fp32", None) for p in parameters if not p.is_constexpr}
-
-
-def _passed(argument: Any, type: tl.dtype | None) -> Any:
-    if type is None or not isinstance(argument, float):
+def _passed(argument: Any) -> Any:
+    """A Python float in fp32, also one in a tuple, as Triton takes it: the interpreter passes the number itself."""
+    if isinstance(argument, tuple):
+        passed = [_passed(item) for item in argument]
+        return type(argument)(*passed) if hasattr(argument, "_fields") else tuple(passed)
+    if not isinstance(argument, float):
         return argument
-    numpy = {tl.float32: np.float32, tl.float64: np.float64}[type]
-    return tl.tensor(interpreter.TensorHandle(np.array([argument], numpy), type), type)
+    return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
 
 
 @dataclass

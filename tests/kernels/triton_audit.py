@@ -26,9 +26,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from torchfast._common import MEAN, NONE, SUM
 from torchfast.losses import triton_kernels as shared_kernels
 from torchfast.losses import triton_launch as shared
+from torchfast.losses.cross_entropy import options as cross_entropy
 from torchfast.losses.cross_entropy import triton_kernels, triton_launch
+from torchfast.losses.sigmoid_focal_loss import options as sigmoid_focal_loss
 from torchfast.losses.sigmoid_focal_loss import triton_kernels as sigmoid_kernels
 from torchfast.losses.sigmoid_focal_loss import triton_launch as sigmoid_launch
 
@@ -43,7 +46,7 @@ REGISTERS = {"cuda": 65536, "hip": 131072}  # 32-bit registers of a multiprocess
 THREADS = {80: 2048, 90: 2048, 100: 2048, "gfx942": 2048}
 
 
-class Options(NamedTuple):
+class SoftmaxOptions(NamedTuple):
     label_smoothing: float = 0.0
     gamma: float = 0.0
     z_loss: float = 0.0
@@ -51,19 +54,19 @@ class Options(NamedTuple):
     logit_scale: float = 1.0
     weighted: bool = False
     probabilities: bool = False
-    reduction: int = 1
+    reduction: int = MEAN
 
 
 OPTIONS = {
-    "CE": Options(),
-    "CE, sum": Options(reduction=2),
-    "CE, none": Options(reduction=0),
-    "CE+LS": Options(label_smoothing=0.1),
-    "focal": Options(gamma=2.0),
-    "focal+LS+weights": Options(label_smoothing=0.1, gamma=2.0, weighted=True),
-    "z-loss, softcap, scale": Options(z_loss=1e-4, softcap=30.0, logit_scale=0.5),
-    "probabilities": Options(probabilities=True),
-    "everything": Options(0.1, 1.5, 1e-4, 30.0, 0.5, True, True),
+    "CE": SoftmaxOptions(),
+    "CE, sum": SoftmaxOptions(reduction=SUM),
+    "CE, none": SoftmaxOptions(reduction=NONE),
+    "CE+LS": SoftmaxOptions(label_smoothing=0.1),
+    "focal": SoftmaxOptions(gamma=2.0),
+    "focal+LS+weights": SoftmaxOptions(label_smoothing=0.1, gamma=2.0, weighted=True),
+    "z-loss, softcap, scale": SoftmaxOptions(z_loss=1e-4, softcap=30.0, logit_scale=0.5),
+    "probabilities": SoftmaxOptions(probabilities=True),
+    "everything": SoftmaxOptions(0.1, 1.5, 1e-4, 30.0, 0.5, True, True),
 }
 
 
@@ -77,17 +80,17 @@ class SigmoidOptions(NamedTuple):
     label_smoothing: float = 0.0
     weighted: bool = False
     """A weight and a pos_weight a class, and a mask a row."""
-    reduction: int = 1
+    reduction: int = MEAN
 
 
 SIGMOID_OPTIONS = {
     "sigmoid focal": SigmoidOptions(),
-    "sigmoid focal, none": SigmoidOptions(reduction=0),
+    "sigmoid focal, none": SigmoidOptions(reduction=NONE),
     "sigmoid focal, class ids": SigmoidOptions(torch.int64, index=True),
     "sigmoid focal, bool": SigmoidOptions(torch.bool),
     "asymmetric": SigmoidOptions(gamma=1.0, gamma_neg=4.0, clip=0.05),
     "sigmoid everything": SigmoidOptions(None, False, 1.5, 3.5, 0.05, 0.1, True),
-    "sigmoid everything, class ids": SigmoidOptions(torch.int64, True, 1.5, 3.5, 0.05, 0.1, True, 0),
+    "sigmoid everything, class ids": SigmoidOptions(torch.int64, True, 1.5, 3.5, 0.05, 0.1, True, NONE),
 }
 
 
@@ -189,8 +192,9 @@ def call(config: Config) -> None:
     target = torch.empty_like(logits) if o.probabilities else torch.empty(rows, dtype=torch.int64, device="meta")
     weight = torch.empty(shape[1], device="meta") if o.weighted else None
     sample_weight = torch.empty(rows, device="meta") if o.weighted else None
-    numbers = (o.label_smoothing, o.gamma, o.z_loss, o.softcap, o.logit_scale, False, False)
-    arguments = (logits, target, weight, weight, sample_weight, -100, o.reduction, *numbers)
+    numbers = (o.label_smoothing, o.gamma, o.z_loss, o.softcap, o.logit_scale)
+    options = cross_entropy.Options(-100, o.reduction, *numbers, False, False)
+    arguments = (logits, target, weight, weight, sample_weight, options)
     loss, residuals = triton_launch.cross_entropy(*arguments)
     triton_launch.cross_entropy_backward(torch.empty_like(loss), *arguments, residuals)
 
@@ -201,8 +205,9 @@ def call_sigmoid(config: Config) -> None:
     target = torch.empty(shape[:-1] if o.index else shape, dtype=o.target or config.dtype, device="meta")
     weight = torch.empty(shape[-1], device="meta").expand(shape) if o.weighted else None
     mask = torch.empty((*shape[:-1], 1), dtype=torch.bool, device="meta").expand(shape) if o.weighted else None
-    numbers = (0.25, o.gamma, o.gamma_neg, o.clip, o.label_smoothing, False)
-    arguments = (logits, target, weight, weight, mask, -100, o.reduction, *numbers)
+    numbers = (0.25, o.gamma, o.gamma_neg, o.clip, o.label_smoothing)
+    options = sigmoid_focal_loss.Options(-100, o.reduction, *numbers, False)
+    arguments = (logits, target, weight, weight, mask, options)
     loss, divisor = sigmoid_launch.sigmoid_focal_loss(*arguments)
     sigmoid_launch.sigmoid_focal_loss_backward(torch.empty_like(loss), *arguments, divisor)
 

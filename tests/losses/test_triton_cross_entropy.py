@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from torchfast import cross_entropy
+from torchfast._common import NONE
+from torchfast.losses.cross_entropy.options import Options
 
 pytest.importorskip("triton")
 interpreter = pytest.importorskip("interpreter")
@@ -161,7 +163,7 @@ def test_offsets_beyond_2_to_the_31_elements(layout, monkeypatch):
     expected = cross_entropy(near, t, label_smoothing=0.1, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum(), near)
     torch.testing.assert_close(cross_entropy(x, t, label_smoothing=0.1, reduction="none"), expected.detach())
-    options = (t, None, None, None, -100, 0, 0.1, 0.0, 0.0, 0.0, 1.0, False, True)
+    options = (t, None, None, None, Options(-100, NONE, 0.1, 0.0, 0.0, 0.0, 1.0, False, True))
     loss, residuals = triton_launch.cross_entropy(x, *options)
     triton_launch.cross_entropy_backward_(torch.ones_like(loss), x, *options, residuals)  # over the logits
     torch.testing.assert_close(x, gradient)

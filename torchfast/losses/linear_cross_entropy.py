@@ -29,13 +29,13 @@ from torchfast._common import (
     check,
     check_device,
     check_logits,
-    check_normalizer,
     mean,
     normalized,
 )
 from torchfast._register import _define, registry
-from torchfast.losses.cross_entropy.functional import check_options, check_tensors
+from torchfast.losses.cross_entropy.functional import check_tensors
 from torchfast.losses.cross_entropy.modules import CrossEntropyLoss
+from torchfast.losses.cross_entropy.options import Options
 
 __all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy"]
 
@@ -379,16 +379,25 @@ def linear_cross_entropy(
     shape, classes = input.shape[:-1], linear_weight.shape[0]
     factors = {"weight": weight, "alpha": alpha, "sample_weight": sample_weight}
     check_tensors(target, factors, input, "logits", (*shape, classes), len(shape))
-    check_options(target, ignore_index, reduction, label_smoothing, gamma, softcap, empty)
+    options = Options.of(
+        target,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        normalizer=normalizer,
+        empty=empty,
+        inplace_backward=True,
+    )
     whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
     check("chunk_size", chunk_size is None or whole, chunk_size, "None or an integer > 0")
-    if normalizer is not None:
-        check_normalizer(normalizer, reduction)
-        reduction = "sum"
     rows = math.prod(shape)
     # With "none" the gradients depend on the upstream gradient of each row: the backward computes them.
     ahead = reduction != "none" and torch.is_grad_enabled()
-    arguments = _Arguments(
+    arguments = _Arguments(  # type: ignore[call-arg]
         input.reshape(rows, input.shape[-1]),
         linear_weight,
         linear_bias,
@@ -396,14 +405,7 @@ def linear_cross_entropy(
         weight,
         alpha,
         None if sample_weight is None else sample_weight.reshape(rows),
-        ignore_index,
-        REDUCTIONS[reduction],
-        label_smoothing,
-        gamma,
-        z_loss,
-        softcap or 0.0,
-        logit_scale,
-        empty == "zero",
+        *options.flat[:-1],
         chunk_size or 0,
         dtype,
     )

@@ -6,6 +6,15 @@ import triton.language as tl
 
 
 @triton.jit
+def number(parts, ACC: tl.constexpr):
+    """An option, of what ``parts_of`` made of it."""
+    x = tl.full([], parts[0], ACC)
+    if x.dtype == tl.float64:
+        x = x + (tl.full([], parts[1], ACC) + tl.full([], parts[2], ACC))
+    return x
+
+
+@triton.jit
 def exp(x, FAST: tl.constexpr):
     """exp of x <= 0; results below the normal numbers are 0.
 
@@ -48,7 +57,8 @@ def rows_of(block, inner, M: tl.constexpr, VEC: tl.constexpr, CLASSES_MINOR: tl.
 
 
 @triton.jit
-def offsets_of(outer, i, c, so, sr, sc, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
+def offsets_of(outer, i, c, strides, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
+    so, sr, sc = strides
     so = in_vectors(so, VEC, True)
     sr = in_vectors(sr, VEC, CLASSES_MINOR)
     sc = in_vectors(sc, VEC, not CLASSES_MINOR)

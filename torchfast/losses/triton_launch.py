@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from torchfast.losses.triton_kernels import sum_kernel
@@ -58,6 +62,30 @@ def merged(shape: Sequence[int], strides: Sequence[tuple[int, ...]], most: int) 
 def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
     """fp8 becomes what the kernels compute in; other dtypes are read as they are."""
     return t if t.element_size() > 1 else t.to(dtype)
+
+
+def parts_of(x: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """An option as fp32 numbers, of which it is the sum: what Triton finds in a tuple it takes in fp32."""
+    if dtype != torch.float64:
+        return (float(x),)
+    first = ctypes.c_float(x).value
+    second = ctypes.c_float(x - first).value
+    return first, second, x - first - second
+
+
+def kernel_options(
+    ignore_index: int, numbers: dict[str, float], constants: dict[str, int], dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """The options as a kernel's one argument, in which they have these names. ``constants`` are known to the compiler:
+    what is off costs nothing."""
+    named = {name: parts_of(x, dtype) for name, x in numbers.items()}
+    named |= {name: tl.constexpr(x) for name, x in constants.items()}
+    return _named(("ignore_index", *named))(ignore_index, *named.values())
+
+
+@functools.cache
+def _named(names: tuple[str, ...]) -> Any:
+    return collections.namedtuple("Options", names)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

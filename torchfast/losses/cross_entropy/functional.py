@@ -12,17 +12,16 @@ from torchfast import _triton
 from torchfast._common import (
     FLOATS,
     INTEGERS,
-    REDUCTIONS,
     accumulate_dtype,
     check,
     check_device,
     check_factor,
     check_logits,
-    check_normalizer,
     check_tensor,
     normalized,
 )
 from torchfast._register import Sample, register
+from torchfast.losses.cross_entropy.options import Options
 from torchfast.losses.cross_entropy.reference import class_dim, fake, reference, reference_backward
 
 
@@ -67,29 +66,22 @@ def check_tensors(
         check_device(name, tensor, "input", input)
 
 
-def check_options(
-    target: Tensor,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    gamma: float,
-    softcap: float | None,
-    empty: str,
-) -> None:
-    check("reduction", reduction in REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
-    check("empty", empty in ("nan", "zero"), empty, "'nan' or 'zero'")
-    check("label_smoothing", 0 <= label_smoothing <= 1, label_smoothing, "in [0, 1]")
-    check("gamma", 0 <= gamma < float("inf"), gamma, "finite and >= 0")
-    check("softcap", softcap is None or 0 < softcap < float("inf"), softcap, "None or finite and > 0")
-    if target.is_floating_point():
-        check("ignore_index", ignore_index < 0, ignore_index, "negative for a target of class probabilities")
-
-
 def _check_input(input: Tensor) -> None:
     check_logits("input", input)
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
     check("input", input.shape[class_dim(input)] > 0, tuple(input.shape), "logits of at least one class")
+
+
+def _may_be_written(input: Tensor) -> bool:
+    """Whether the backward may write over the logits, which ``inplace_backward`` asks for."""
+    if not input.requires_grad:
+        return True
+    root = input if input._base is None else input._base
+    check("inplace_backward", not root.is_leaf, True, "False for a leaf of autograd or a view of one")
+    check("inplace_backward", not _overlaps(input), True, "False for an input that is expanded or overlaps itself")
+    # With saved-tensor hooks (as under checkpointing) autograd does not see that the logits are gone.
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
 def cross_entropy(
@@ -172,34 +164,20 @@ def cross_entropy(
         alpha = torch.full((1,), alpha, dtype=accumulate_dtype(input), device=input.device)
     factors = {"weight": weight, "alpha": alpha, "sample_weight": sample_weight}
     check_tensors(target, factors, input, "input", input.shape, class_dim(input))
-    check_options(target, ignore_index, reduction, label_smoothing, gamma, softcap, empty)
-    if normalizer is not None:
-        check_normalizer(normalizer, reduction)
-        reduction = "sum"
-    if inplace_backward and input.requires_grad:
-        root = input if input._base is None else input._base
-        check("inplace_backward", not root.is_leaf, True, "False for a leaf of autograd or a view of one")
-        check("inplace_backward", not _overlaps(input), True, "False for an input that is expanded or overlaps itself")
-        # With saved-tensor hooks (as under checkpointing) autograd does not see that the logits are gone.
-        hooks = torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        inplace_backward = not hooks
-    loss = _op(
-        input,
+    options = Options.of(
         target,
-        weight,
-        alpha,
-        sample_weight,
-        ignore_index,
-        REDUCTIONS[reduction],
-        label_smoothing,
-        gamma,
-        z_loss,
-        softcap or 0.0,
-        logit_scale,
-        empty == "zero",
-        inplace_backward,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        normalizer=normalizer,
+        empty=empty,
+        inplace_backward=inplace_backward and _may_be_written(input),
     )
-    return normalized(loss, normalizer)
+    return normalized(_op(input, target, weight, alpha, sample_weight, *options.flat), normalizer)
 
 
 def focal_loss(
@@ -264,15 +242,14 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
 
 _op = register(
     "cross_entropy",
-    "Tensor logits, Tensor target, Tensor? weight, Tensor? alpha, Tensor? sample_weight, "
-    "int ignore_index, int reduction, float label_smoothing, float gamma, float z_loss, "
-    "float softcap, float logit_scale, bool empty_zero, bool inplace_backward",
+    "Tensor logits, Tensor target, Tensor? weight, Tensor? alpha, Tensor? sample_weight",
     "Tensor residuals",
     function=cross_entropy,
     reference=reference,
     reference_backward=reference_backward,
     fake=fake,
     sample_inputs=sample_inputs,
+    options=Options,
 )
 
 _triton.register("torchfast.losses.cross_entropy.triton_launch", _op)

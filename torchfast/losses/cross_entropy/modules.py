@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchfast.losses.cross_entropy.functional import cross_entropy
+from torchfast.losses.cross_entropy.options import PUBLIC
 
 
 class CrossEntropyLoss(nn.Module):
@@ -76,18 +77,10 @@ class CrossEntropyLoss(nn.Module):
             input,
             target,
             self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            gamma=self.gamma,
             alpha=self.alpha,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
             sample_weight=sample_weight,
             normalizer=normalizer,
-            empty=self.empty,
-            inplace_backward=self.inplace_backward,
+            **{name: getattr(self, name) for name in PUBLIC},
         )
 
     def extra_repr(self) -> str:

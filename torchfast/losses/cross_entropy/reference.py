@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import accumulate_dtype, check_range, mean
+from torchfast._common import MEAN, NONE, accumulate_dtype, check_range, mean
+from torchfast.losses.cross_entropy.options import Options
 
 
 def class_dim(logits: Tensor) -> int:
@@ -22,10 +23,7 @@ def _row_terms(
     weight: Tensor | None,
     alpha: Tensor | None,
     sample_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    logit_scale: float,
+    options: Options,
 ) -> tuple[Any, ...]:
     """Class dimension last: z, m, rest, L; the parts of u; per row: valid, bad, w_t.
 
@@ -43,7 +41,7 @@ def _row_terms(
         w_t = valid.to(dtype)
     else:
         t = target.long()
-        valid = t != ignore_index
+        valid = t != options.ignore_index
         bad = valid & ((t < 0) | (t >= classes))
         check_range(target, bad, f"0 to {classes - 1}")
         valid = valid & ~bad
@@ -52,16 +50,16 @@ def _row_terms(
     if sample_weight is not None:  # a row of weight 0 is ignored, whatever it holds
         valid = valid & ((sample_weight != 0) | (x < torch.inf).all(dim=-1))
     x = torch.where(valid.unsqueeze(-1), x, 0.0)
-    z = logit_scale * x
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
+    z = options.logit_scale * x
+    if options.softcap:
+        z = options.softcap * torch.tanh(z / options.softcap)
     m, top = z.max(dim=-1, keepdim=True)
     d = z - m
     # The gather is 0, or NaN where m is not finite: torch.softmax of such a row is NaN too.
     rest = d.exp().scatter(-1, top, 0.0).sum(dim=-1, keepdim=True) + d.gather(-1, top)
     log_p = d - rest.log1p()
     wa = w if alpha is None else w * alpha.to(dtype)
-    keep, uniform = 1 - label_smoothing, label_smoothing / classes
+    keep, uniform = 1 - options.label_smoothing, options.label_smoothing / classes
     parts: list[tuple[Tensor, Tensor | None]]
     if t is None:
         parts = [((keep * target.movedim(class_dim(logits), -1).to(dtype) + uniform) * wa, None)]
@@ -106,33 +104,24 @@ def reference(
     weight: Tensor | None,
     alpha: Tensor | None,
     sample_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    gamma: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    empty_zero: bool,
-    inplace_backward: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    _, m, rest, log_p, parts, valid, bad, w_t = _row_terms(
-        logits, target, weight, alpha, sample_weight, ignore_index, label_smoothing, softcap, logit_scale
-    )
-    loss = _sum_over_classes(parts, log_p, lambda terms: _modulated(terms, gamma))
-    if z_loss:
-        loss = loss + z_loss * (m + rest.log1p()).squeeze(-1) ** 2
+    terms = _row_terms(logits, target, weight, alpha, sample_weight, options)
+    _, m, rest, log_p, parts, valid, bad, w_t = terms
+    loss = _sum_over_classes(parts, log_p, lambda log_p: _modulated(log_p, options.gamma))
+    if options.z_loss:
+        loss = loss + options.z_loss * (m + rest.log1p()).squeeze(-1) ** 2
     if sample_weight is not None:
         sample_weight = sample_weight.to(loss.dtype)
         valid = valid & ((sample_weight != 0) | loss.isfinite())
         loss, w_t = loss * sample_weight, w_t * sample_weight
     loss = torch.where(bad, torch.nan, torch.where(valid, loss, 0.0))
-    divisor = w_t.sum() if reduction == 1 else torch.ones_like(loss.sum())
-    if reduction:
+    divisor = w_t.sum() if options.reduction == MEAN else torch.ones_like(loss.sum())
+    if options.reduction != NONE:
         loss = loss.sum()
-    if reduction == 1:
-        loss = mean(loss, divisor, empty_zero)
-    sum_u_psi = _sum_over_classes(parts, log_p.detach(), lambda terms: _psi(terms, gamma))
+    if options.reduction == MEAN:
+        loss = mean(loss, divisor, options.empty_zero)
+    sum_u_psi = _sum_over_classes(parts, log_p.detach(), lambda log_p: _psi(log_p, options.gamma))
     stats = torch.stack([m.squeeze(-1), rest.squeeze(-1), sum_u_psi]).detach()
     used = valid if sample_weight is None else valid & (sample_weight != 0)
     stats = torch.where(used, stats, 0.0).flatten()
@@ -146,28 +135,19 @@ def reference_backward(
     weight: Tensor | None,
     alpha: Tensor | None,
     sample_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    gamma: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    empty_zero: bool,
-    inplace_backward: bool,
+    options: Options,
     residuals: Tensor,
 ) -> Tensor:
-    z, m, rest, log_p, parts, valid, _, w_t = _row_terms(
-        logits, target, weight, alpha, sample_weight, ignore_index, label_smoothing, softcap, logit_scale
-    )
+    terms = _row_terms(logits, target, weight, alpha, sample_weight, options)
+    z, m, rest, log_p, parts, valid, _, w_t = terms
     p, u = log_p.exp(), torch.zeros_like(log_p)
     for values, classes in parts:
         u = u + values if classes is None else u.scatter_add(-1, classes, values)
-    u_psi = torch.where(u == 0, 0.0, u * _psi(log_p, gamma))
-    others = u_psi - u_psi.sum(dim=-1, keepdim=True) + 2 * z_loss * (m + rest.log1p())
-    grad = (u_psi * -log_p.expm1() + p * others) * logit_scale  # keeps its digits where p rounds to 1
-    if softcap:
-        grad = grad * (1 - (z / softcap) ** 2)
+    u_psi = torch.where(u == 0, 0.0, u * _psi(log_p, options.gamma))
+    others = u_psi - u_psi.sum(dim=-1, keepdim=True) + 2 * options.z_loss * (m + rest.log1p())
+    grad = (u_psi * -log_p.expm1() + p * others) * options.logit_scale  # keeps its digits where p rounds to 1
+    if options.softcap:
+        grad = grad * (1 - (z / options.softcap) ** 2)
     divisor = residuals[-1]
     upstream = torch.where(divisor == 0, 0.0, grad_loss / divisor).expand(w_t.shape)
     if sample_weight is not None:
@@ -177,9 +157,10 @@ def reference_backward(
     return torch.empty_like(logits).copy_(grad.movedim(-1, class_dim(logits)))
 
 
-def fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def fake(logits: Tensor, *tensors_and_options: Any) -> tuple[Tensor, Tensor]:
+    options: Options = tensors_and_options[-1]
     rows = list(logits.shape)
     del rows[class_dim(logits)]
-    dtype, reduction = accumulate_dtype(logits), options[4]
-    loss = logits.new_empty([] if reduction else rows, dtype=dtype)
+    dtype = accumulate_dtype(logits)
+    loss = logits.new_empty(rows if options.reduction == NONE else [], dtype=dtype)
     return loss, logits.new_empty([3 * math.prod(rows) + 1], dtype=dtype)

@@ -12,8 +12,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from torchfast._common import accumulate_dtype, check_range
+from torchfast._common import MEAN, NONE, accumulate_dtype, check_range
 from torchfast._env import flag
+from torchfast.losses.cross_entropy.options import Options
 from torchfast.losses.cross_entropy.reference import class_dim, fake
 from torchfast.losses.cross_entropy.triton_kernels import (
     FINISH,
@@ -27,6 +28,7 @@ from torchfast.losses.triton_launch import (
     Dimension,
     Tile,
     add_up,
+    kernel_options,
     merged,
     on_device,
     power_of_2,
@@ -110,15 +112,7 @@ class Call:
         weight: Tensor | None,
         alpha: Tensor | None,
         sample_weight: Tensor | None,
-        ignore_index: int,
-        reduction: int,
-        label_smoothing: float,
-        gamma: float,
-        z_loss: float,
-        softcap: float,
-        logit_scale: float,
-        empty_zero: bool,
-        inplace_backward: bool,
+        options: Options,
     ) -> None:
         self.acc = accumulate_dtype(logits)
         dim = class_dim(logits)
@@ -126,14 +120,14 @@ class Call:
         self.rows = logits.numel() // classes
         self.prob = target.is_floating_point()
         self.device = logits.device
-        self.reduction, self.empty_zero = reduction, empty_zero
         if not self.prob:
             if target.dtype in (torch.uint16, torch.uint32, torch.uint64):
                 target = target.long()
             target = target.contiguous()
             if flag("TORCHFAST_CHECK"):
                 wide = target.long()  # 156 of uint8 is not -100
-                check_range(wide, (wide != ignore_index) & ((wide < 0) | (wide >= classes)), f"0 to {classes - 1}")
+                given = wide != options.ignore_index
+                check_range(wide, given & ((wide < 0) | (wide >= classes)), f"0 to {classes - 1}")
         else:
             target = widened(target, self.acc)
 
@@ -171,23 +165,32 @@ class Call:
             self.wa = weight.to(self.acc) * alpha.to(self.acc)
         self.wa_stride = 0 if self.wa is None else self.wa.stride(0)
         self.sample_weight = None if sample_weight is None else widened(sample_weight, self.acc).contiguous()
-        self.ignore_index = ignore_index
-        keep, uniform = 1.0 - label_smoothing, label_smoothing / classes
-        self.numbers = tuple(float(v) for v in (keep, uniform, gamma, z_loss, softcap or 1.0, logit_scale))
-        self.dense = self.prob or uniform != 0
-        many_temporaries = softcap != 0 or (self.dense and gamma != 0)
+        keep, uniform = 1.0 - options.label_smoothing, options.label_smoothing / classes
+        self.dense, self.focal = self.prob or uniform != 0, options.gamma != 0
+        self.options = kernel_options(
+            options.ignore_index,
+            {
+                "keep": keep,
+                "uniform": uniform,
+                "gamma": options.gamma,
+                "z_loss": options.z_loss,
+                "softcap": options.softcap or 1.0,
+                "logit_scale": options.logit_scale,
+            },
+            {
+                "PROB": self.prob,
+                "DENSE": self.dense,
+                "FOCAL": 2 if options.gamma == 2 else int(self.focal),
+                "Z": options.z_loss != 0,
+                "CAPPED": options.softcap != 0,
+                "SCALED": options.logit_scale != 1,
+            },
+            self.acc,
+        )
+        self.flags = {"VEC": self.vec, "CLASSES_MINOR": self.classes_minor}
+        many_temporaries = options.softcap != 0 or (self.dense and self.focal)
         itemsize = logits.element_size()
         self.shape = Shape(classes, self.inner, self.classes_minor, itemsize, self.vec, many_temporaries)
-        self.flags = {
-            "PROB": self.prob,
-            "DENSE": self.dense,
-            "FOCAL": 2 if gamma == 2 else int(gamma != 0),
-            "Z": z_loss != 0,
-            "CAPPED": softcap != 0,
-            "SCALED": logit_scale != 1,
-            "VEC": self.vec,
-            "CLASSES_MINOR": self.classes_minor,
-        }
 
     def row_blocks(self, rows: int) -> int:
         """Programs of so many rows each."""
@@ -201,10 +204,11 @@ class Call:
         return merged(sizes, strides, 2)
 
 
-def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    call = Call(None, logits, target, *options)
-    loss, residuals = fake(logits, target, *options)
-    if not call.rows and not call.reduction:
+def cross_entropy(*inputs: Any) -> tuple[Tensor, Tensor]:
+    call, options = Call(None, *inputs), inputs[-1]
+    loss, residuals = fake(*inputs)
+    reduce = options.reduction != NONE
+    if not call.rows and not reduce:
         residuals.fill_(1.0)
         return loss, residuals
     tile = forward_tile(call.shape)
@@ -214,7 +218,7 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
     # Split rows are finished a few at a time, with the results of all their splits.
     last = tile if splits == 1 else tile_of(min(tile.M, max(1, 512 // power_of_2(splits))), tile.BLOCK, 128)
     programs = call.row_blocks(last.M)
-    sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if call.reduction else loss
+    sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if reduce else loss
 
     def launch(stage: tl.constexpr, tile: Tile, programs: int, partials: Tensor | None) -> None:
         forward_kernel[(programs,)](
@@ -230,13 +234,11 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
             call.inner,
             call.classes,
             splits,
-            *call.strides[0],
-            *call.strides[1],
+            *call.strides[:2],
             call.wa_stride,
-            call.ignore_index,
-            *call.numbers,
+            call.options,
             **call.flags,
-            REDUCE=call.reduction != 0,
+            REDUCE=reduce,
             STAGE=stage.value,
             M=tile.M,
             BLOCK=tile.BLOCK,
@@ -249,22 +251,22 @@ def cross_entropy(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor
         if splits > 1:
             partials = torch.empty(5 * splits * call.rows, dtype=call.acc, device=call.device)
             launch(SCAN, tile, row_blocks * splits, partials)
-            if call.dense and call.flags["FOCAL"]:
+            if call.dense and call.focal:
                 launch(SUM, tile, row_blocks * splits, partials)
             launch(FINISH, last, programs, partials)
         elif call.rows:
             launch(WHOLE, tile, programs, None)
-        if call.reduction:
+        if reduce:
             divisor = residuals[3 * call.rows :]
-            add_up(sums, programs, loss, divisor, mean=call.reduction == 1, empty_zero=call.empty_zero)
+            mean = options.reduction == MEAN
+            add_up(sums, programs, loss, divisor, mean=mean, empty_zero=options.empty_zero)
     return loss, residuals
 
 
-def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out: Tensor) -> None:
-    *options, residuals = rest
-    if not logits.numel():
+def _backward(grad_loss: Tensor, *inputs: Any, residuals: Tensor, out: Tensor) -> None:
+    if not out.numel():
         return
-    call = Call(out, logits, target, *options)
+    call = Call(out, *inputs)
     tile = backward_tile(call.shape)
     row_blocks = call.row_blocks(tile.M)
     blocks = -(-call.classes // tile.BLOCK)
@@ -285,12 +287,9 @@ def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out
             call.classes,
             steps,
             int(any(grad_loss.stride())),
-            *call.strides[0],
-            *call.strides[1],
-            *call.strides[2],
+            *call.strides,
             call.wa_stride,
-            call.ignore_index,
-            *call.numbers,
+            call.options,
             **call.flags,
             M=tile.M,
             BLOCK=tile.BLOCK,
@@ -300,11 +299,11 @@ def _backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any, out
         out.copy_(call.gradient)
 
 
-def cross_entropy_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
+def cross_entropy_backward(grad_loss: Tensor, logits: Tensor, *inputs: Any) -> Tensor:
     gradient = torch.empty_like(logits)
-    _backward(grad_loss, logits, target, *rest, out=gradient)
+    _backward(grad_loss, logits, *inputs[:-1], residuals=inputs[-1], out=gradient)
     return gradient
 
 
-def cross_entropy_backward_(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> None:
-    _backward(grad_loss, logits, target, *rest, out=logits)
+def cross_entropy_backward_(grad_loss: Tensor, logits: Tensor, *inputs: Any) -> None:
+    _backward(grad_loss, logits, *inputs[:-1], residuals=inputs[-1], out=logits)

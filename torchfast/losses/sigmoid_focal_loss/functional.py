@@ -12,17 +12,15 @@ from torchfast import _triton
 from torchfast._common import (
     INTEGERS,
     REALS,
-    REDUCTIONS,
-    check,
     check_device,
     check_factor,
     check_logits,
     check_mask,
-    check_normalizer,
     check_tensor,
     normalized,
 )
 from torchfast._register import Sample, register
+from torchfast.losses.sigmoid_focal_loss.options import Options
 from torchfast.losses.sigmoid_focal_loss.reference import fake, reference, reference_backward
 
 
@@ -124,17 +122,19 @@ def sigmoid_focal_loss(
         >>> print(f"{loss.item():.4f}", tuple(logits.grad.shape))
         0.9570 (2, 3)
     """
-    if gamma_neg is None:
-        gamma_neg = gamma
     check_logits("inputs", inputs)
     _check_target(inputs, targets)
-    check("reduction", reduction in REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
-    check("alpha", -float("inf") < alpha <= 1, alpha, "in [0, 1], or negative for none")
-    check("gamma", 0 <= gamma < float("inf"), gamma, "finite and >= 0")
-    check("gamma_neg", 0 <= gamma_neg < float("inf"), gamma_neg, "None or finite and >= 0")
-    check("clip", 0 <= clip < 1, clip, "in [0, 1)")
-    check("label_smoothing", 0 <= label_smoothing <= 1, label_smoothing, "in [0, 1]")
-    check("empty", empty in ("nan", "zero"), empty, "'nan' or 'zero'")
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        alpha=alpha,
+        gamma=gamma,
+        gamma_neg=gamma_neg,
+        clip=clip,
+        label_smoothing=label_smoothing,
+        normalizer=normalizer,
+        empty=empty,
+    )
     if weight is not None:
         check_factor("weight", weight)
         weight = _expanded("weight", weight, inputs)
@@ -144,25 +144,7 @@ def sigmoid_focal_loss(
     if mask is not None:
         check_mask("mask", mask)
         mask = _expanded("mask", mask, inputs)
-    if normalizer is not None:
-        check_normalizer(normalizer, reduction)
-        reduction = "sum"
-    loss = _op(
-        inputs,
-        targets,
-        weight,
-        pos_weight,
-        mask,
-        ignore_index,
-        REDUCTIONS[reduction],
-        alpha,
-        gamma,
-        gamma_neg,
-        clip,
-        label_smoothing,
-        empty == "zero",
-    )
-    return normalized(loss, normalizer)
+    return normalized(_op(inputs, targets, weight, pos_weight, mask, *options.flat), normalizer)
 
 
 def asymmetric_loss(
@@ -240,15 +222,14 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
 
 _op = register(
     "sigmoid_focal_loss",
-    "Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? mask, "
-    "int ignore_index, int reduction, float alpha, float gamma, float gamma_neg, float clip, "
-    "float label_smoothing, bool empty_zero",
+    "Tensor logits, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? mask",
     "Tensor divisor",
     function=sigmoid_focal_loss,
     reference=reference,
     reference_backward=reference_backward,
     fake=fake,
     sample_inputs=sample_inputs,
+    options=Options,
 )
 
 _triton.register("torchfast.losses.sigmoid_focal_loss.triton_launch", _op)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchfast.losses.sigmoid_focal_loss.functional import sigmoid_focal_loss
+from torchfast.losses.sigmoid_focal_loss.options import PUBLIC
 
 
 class SigmoidFocalLoss(nn.Module):
@@ -62,18 +63,11 @@ class SigmoidFocalLoss(nn.Module):
         return sigmoid_focal_loss(
             inputs,
             targets,
-            self.alpha,
-            self.gamma,
-            self.reduction,
-            gamma_neg=self.gamma_neg,
-            clip=self.clip,
-            label_smoothing=self.label_smoothing,
             weight=self.weight,
             pos_weight=self.pos_weight,
             mask=mask,
-            ignore_index=self.ignore_index,
             normalizer=normalizer,
-            empty=self.empty,
+            **{name: getattr(self, name) for name in PUBLIC},
         )
 
     def extra_repr(self) -> str:

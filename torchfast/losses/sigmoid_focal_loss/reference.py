@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchfast._common import accumulate_dtype, check_range, mean
+from torchfast._common import NONE, SUM, accumulate_dtype, check_range, mean
+from torchfast.losses.sigmoid_focal_loss.options import Options
 
 
 def is_index(logits: Tensor, target: Tensor) -> bool:
@@ -37,9 +38,7 @@ def _factors(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     mask: Tensor | None,
-    ignore_index: int,
-    alpha: float,
-    label_smoothing: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """z, A and B; per element: it counts, its target is out of range."""
     dtype = accumulate_dtype(logits)
@@ -48,17 +47,17 @@ def _factors(
     if target.is_floating_point() or target.dtype == torch.bool:
         y = target.to(dtype)
     else:
-        values, ignored, out = read_integers(logits, target, mask, ignore_index)
+        values, ignored, out = read_integers(logits, target, mask, options.ignore_index)
         y = torch.where(ignored | out, 0, values).to(dtype)
         if is_index(logits, target):
             y = (values.unsqueeze(-1) == torch.arange(logits.shape[-1], device=values.device)).to(dtype)
             ignored, out = ignored.unsqueeze(-1), out.unsqueeze(-1)
         bad = counts & out
         counts = counts & ~ignored & ~out
-    keep, half = 1 - label_smoothing, label_smoothing / 2
+    keep, half = 1 - options.label_smoothing, options.label_smoothing / 2
     positive, negative = keep * y + half, keep * (1 - y) + half
-    if alpha >= 0:
-        positive, negative = alpha * positive, (1 - alpha) * negative
+    if options.alpha >= 0:
+        positive, negative = options.alpha * positive, (1 - options.alpha) * negative
     if pos_weight is not None:
         positive = positive * pos_weight.to(dtype)
     if weight is not None:
@@ -103,30 +102,21 @@ def reference(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     mask: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    alpha: float,
-    gamma: float,
-    gamma_neg: float,
-    clip: float,
-    label_smoothing: float,
-    empty_zero: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    z, positive, negative, counts, bad = _factors(
-        logits, target, weight, pos_weight, mask, ignore_index, alpha, label_smoothing
-    )
-    loss = _times(positive, z, lambda z: _modulated(z, gamma))
-    loss = loss + _times(negative, z, lambda z: _shifted(z, gamma_neg, clip))
+    z, positive, negative, counts, bad = _factors(logits, target, weight, pos_weight, mask, options)
+    loss = _times(positive, z, lambda z: _modulated(z, options.gamma))
+    loss = loss + _times(negative, z, lambda z: _shifted(z, options.gamma_neg, options.clip))
     loss = torch.where(bad, torch.nan, torch.where(counts, loss, 0.0))
-    if reduction == 0:
+    if options.reduction == NONE:
         divisor = loss.new_ones(1)
-        if loss.stride() != fake(logits, target, *[None] * 4, 0)[0].stride() and not loss.requires_grad:
+        if loss.stride() != fake(logits, options)[0].stride() and not loss.requires_grad:
             loss = torch.empty_like(logits, dtype=loss.dtype).copy_(loss)
         return loss, divisor
-    if reduction == 2:
+    if options.reduction == SUM:
         return loss.sum(), loss.new_ones(1)
     divisor = (counts | bad).expand(loss.shape).sum().to(loss.dtype)
-    return mean(loss.sum(), divisor, empty_zero), divisor.reshape(1)
+    return mean(loss.sum(), divisor, options.empty_zero), divisor.reshape(1)
 
 
 def reference_backward(
@@ -136,19 +126,11 @@ def reference_backward(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     mask: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    alpha: float,
-    gamma: float,
-    gamma_neg: float,
-    clip: float,
-    label_smoothing: float,
-    empty_zero: bool,
+    options: Options,
     divisor: Tensor,
 ) -> Tensor:
-    z, positive, negative, counts, _ = _factors(
-        logits, target, weight, pos_weight, mask, ignore_index, alpha, label_smoothing
-    )
+    z, positive, negative, counts, _ = _factors(logits, target, weight, pos_weight, mask, options)
+    gamma_neg, clip = options.gamma_neg, options.clip
 
     def slope(z: Tensor, gamma: float) -> Tensor:
         """-d/dz of (1 - p)^gamma softplus(-z)."""
@@ -163,13 +145,14 @@ def reference_backward(
         return torch.where(p <= clip, 0.0, grad)
 
     grad = _times(negative, z, slope_shifted if clip else lambda z: slope(-z, gamma_neg))
-    grad = grad - _times(positive, z, lambda z: slope(z, gamma))
+    grad = grad - _times(positive, z, lambda z: slope(z, options.gamma))
     upstream = torch.where(divisor == 0, 0.0, grad_loss / divisor)
     upstream = torch.where(counts, upstream.reshape(grad_loss.shape), 0.0)
     return torch.empty_like(logits).copy_(torch.where(upstream == 0, 0.0, upstream * grad))
 
 
-def fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def fake(logits: Tensor, *tensors_and_options: Any) -> tuple[Tensor, Tensor]:
+    options: Options = tensors_and_options[-1]
     dtype = accumulate_dtype(logits)
-    loss = torch.empty_like(logits, dtype=dtype) if options[4] == 0 else logits.new_empty([], dtype=dtype)
+    loss = torch.empty_like(logits, dtype=dtype) if options.reduction == NONE else logits.new_empty([], dtype=dtype)
     return loss, logits.new_empty([1], dtype=dtype)

@@ -12,12 +12,10 @@ backward reads them once and writes the gradient once. Nothing of the size of th
 Nothing is added up atomically. Tiles are chosen, and the kernels launched, in triton_launch.py.
 """
 
-# Without `from __future__ import annotations`: that turns "fp64" into "'fp64'", a type that Triton does not know and
-# passes over, so that float64 losses would take their options in fp32.
 import triton
 import triton.language as tl
 
-from torchfast.losses.triton_kernels import exp, in_vectors, log1p, offsets_of, rows_of
+from torchfast.losses.triton_kernels import exp, in_vectors, log1p, number, offsets_of, rows_of
 
 #: Kinds of targets.
 SOFT, BOOL, INTEGER, INDEX = (tl.constexpr(kind) for kind in range(4))
@@ -27,12 +25,12 @@ SOFT, BOOL, INTEGER, INDEX = (tl.constexpr(kind) for kind in range(4))
 def _load(tensor, strides, place, end, VEC: tl.constexpr, BY_ROW: tl.constexpr):
     """A tile; of a tensor that is the same for all columns, one column."""
     outer, i, c, in_range = place
-    so, sr, sc = strides
     if BY_ROW:
+        so, sr, _ = strides
         return tl.load(tensor + (outer * so + i * sr)[:, None], mask=in_range[:, None], other=0)
     else:
         mask = in_range[:, None] & (c < end)[None, :]
-        return tl.load(tensor + offsets_of(outer, i, c, so, sr, sc, VEC, True), mask=mask, other=0)
+        return tl.load(tensor + offsets_of(outer, i, c, strides, VEC, True), mask=mask, other=0)
 
 
 @triton.jit
@@ -42,8 +40,7 @@ def _factors(
     place,
     end,
     classes,
-    ignore_index,
-    numbers,
+    options,
     KIND: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
     VEC: tl.constexpr,
@@ -52,7 +49,7 @@ def _factors(
 ):
     """A, B; whether the target is a positive, the element counts, its integer target is out of range."""
     target, weight, pos_weight, mask = tensors
-    keep, half, positive, negative = numbers
+    keep, half = number(options.keep, ACC), number(options.half, ACC)
     outer, i, c, in_range = place
     there = in_range[:, None] & (c < end)[None, :]
     t = _load(target, strides[2], place, end, VEC, BY_ROW[0])
@@ -60,7 +57,7 @@ def _factors(
     if KIND == INDEX or KIND == INTEGER:
         if t.dtype.primitive_bitwidth < 32:
             t = t.to(tl.int32)  # where -1 and any ignore_index differ from all values
-        ignored = t == ignore_index
+        ignored = t == options.ignore_index
         if KIND == INDEX:
             out = (ignored == 0) & ((t < -1) | (t >= classes))
             t = tl.where(ignored | out, -1, t).to(tl.int32)
@@ -91,8 +88,8 @@ def _factors(
     else:
         a = tl.where(hit, keep + half, half)
         b = tl.where(hit, half, keep + half)
-    a = tl.broadcast_to(positive * a, there.shape)
-    b = tl.broadcast_to(negative * b, there.shape)
+    a = tl.broadcast_to(number(options.positive, ACC) * a, there.shape)
+    b = tl.broadcast_to(number(options.negative, ACC) * b, there.shape)
     if pos_weight is not None:
         a = a * _load(pos_weight, strides[4], place, end, VEC, BY_ROW[2]).to(ACC)
     if weight is not None:
@@ -173,40 +170,29 @@ def _clipped_part(p, q, clip, gamma, POWER: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _loss_and_slope(
-    z,
-    a,
-    b,
-    hit,
-    gamma,
-    gamma_neg,
-    clip,
-    ONE_PART: tl.constexpr,
-    POWER: tl.constexpr,
-    POWER_NEG: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    FAST: tl.constexpr,
-):
+def _loss_and_slope(z, a, b, hit, options, FAST: tl.constexpr):
     """The loss, and its derivative with respect to z. A factor of 0 makes 0, whatever the logit."""
-    if ONE_PART:
+    gamma, gamma_neg = number(options.gamma, z.dtype), number(options.gamma_neg, z.dtype)
+    if options.ONE_PART:
         p, q, minus_log_p, minus_log_q = _sigmoid(tl.where(hit, -z, z), FAST)
-        loss, slope = _part(p, q, minus_log_p, minus_log_q, gamma, POWER, FAST)
+        loss, slope = _part(p, q, minus_log_p, minus_log_q, gamma, options.POWER, FAST)
         factor = tl.where(hit, a, b)
         return tl.where(factor == 0, 0.0, factor * loss), tl.where(
             factor == 0, 0.0, tl.where(hit, -1, 1) * factor * slope
         )
     p, q, minus_log_p, minus_log_q = _sigmoid(z, FAST)
-    positive, positive_slope = _part(q, p, minus_log_q, minus_log_p, gamma, POWER, FAST)
-    if CLIPPED:
-        negative, negative_slope = _clipped_part(p, q, clip, gamma_neg, POWER_NEG, FAST)
+    positive, positive_slope = _part(q, p, minus_log_q, minus_log_p, gamma, options.POWER, FAST)
+    if options.CLIPPED:
+        clip = number(options.clip, z.dtype)
+        negative, negative_slope = _clipped_part(p, q, clip, gamma_neg, options.POWER_NEG, FAST)
     else:
-        negative, negative_slope = _part(p, q, minus_log_p, minus_log_q, gamma_neg, POWER_NEG, FAST)
+        negative, negative_slope = _part(p, q, minus_log_p, minus_log_q, gamma_neg, options.POWER_NEG, FAST)
     loss = tl.where(a == 0, 0.0, a * positive) + tl.where(b == 0, 0.0, b * negative)
     slope = tl.where(b == 0, 0.0, b * negative_slope) - tl.where(a == 0, 0.0, a * positive_slope)
     return loss, slope
 
 
-@triton.jit(do_not_specialize=["inner", "columns", "classes", "ignore_index"])
+@triton.jit(do_not_specialize=["inner", "columns", "classes"])
 def forward_kernel(
     logits,
     target,
@@ -219,20 +205,9 @@ def forward_kernel(
     inner,
     columns,
     classes,
-    ignore_index,
-    keep: "fp64",
-    half: "fp64",
-    positive: "fp64",
-    negative: "fp64",
-    gamma: "fp64",
-    gamma_neg: "fp64",
-    clip: "fp64",
+    options,
     KIND: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
-    ONE_PART: tl.constexpr,
-    POWER: tl.constexpr,
-    POWER_NEG: tl.constexpr,
-    CLIPPED: tl.constexpr,
     REDUCE: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -241,8 +216,6 @@ def forward_kernel(
 ):
     ACC: tl.constexpr = loss.dtype.element_ty
     FAST: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
-    numbers = (tl.full([], keep, ACC), tl.full([], half, ACC), tl.full([], positive, ACC), tl.full([], negative, ACC))
-    gamma, gamma_neg, clip = tl.full([], gamma, ACC), tl.full([], gamma_neg, ACC), tl.full([], clip, ACC)
     program = tl.program_id(0)
     spans = tl.cdiv(columns, BLOCK)
     outer, i, _, in_range = rows_of(program // spans, inner, M, VEC, True)
@@ -251,10 +224,10 @@ def forward_kernel(
     place = (outer, i, c, in_range)
     tensors = (target, weight, pos_weight, mask)
     a, b, hit, counts, bad = _factors(
-        tensors, strides, place, end, classes, ignore_index, numbers, KIND, CLASS_AXIS, VEC, BY_ROW, ACC
+        tensors, strides, place, end, classes, options, KIND, CLASS_AXIS, VEC, BY_ROW, ACC
     )
     z = _load(logits, strides[0], place, end, VEC, False).to(ACC)
-    value, _ = _loss_and_slope(z, a, b, hit, gamma, gamma_neg, clip, ONE_PART, POWER, POWER_NEG, CLIPPED, FAST)
+    value, _ = _loss_and_slope(z, a, b, hit, options, FAST)
     value = tl.where(counts, value, 0.0)
     if KIND == INDEX or KIND == INTEGER:
         value = tl.where(bad, float("nan"), value)
@@ -263,13 +236,12 @@ def forward_kernel(
         number = tl.sum(tl.sum((counts | bad).to(ACC), axis=1), axis=0)
         tl.store(loss + tl.num_programs(0) + program, number)
     else:
-        so, sr, sc = strides[1]
         there = in_range[:, None] & (c < end)[None, :]
-        tl.store(loss + offsets_of(outer, i, c, so, sr, sc, VEC, True), value, mask=there)
+        tl.store(loss + offsets_of(outer, i, c, strides[1], VEC, True), value, mask=there)
         tl.store(divisor, 1.0, mask=program == 0)
 
 
-@triton.jit(do_not_specialize=["inner", "columns", "classes", "ignore_index"])
+@triton.jit(do_not_specialize=["inner", "columns", "classes"])
 def backward_kernel(
     grad_loss,
     logits,
@@ -283,20 +255,9 @@ def backward_kernel(
     inner,
     columns,
     classes,
-    ignore_index,
-    keep: "fp64",
-    half: "fp64",
-    positive: "fp64",
-    negative: "fp64",
-    gamma: "fp64",
-    gamma_neg: "fp64",
-    clip: "fp64",
+    options,
     KIND: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
-    ONE_PART: tl.constexpr,
-    POWER: tl.constexpr,
-    POWER_NEG: tl.constexpr,
-    CLIPPED: tl.constexpr,
     REDUCE: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -305,8 +266,6 @@ def backward_kernel(
 ):
     ACC: tl.constexpr = divisor.dtype.element_ty
     FAST: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
-    numbers = (tl.full([], keep, ACC), tl.full([], half, ACC), tl.full([], positive, ACC), tl.full([], negative, ACC))
-    gamma, gamma_neg, clip = tl.full([], gamma, ACC), tl.full([], gamma_neg, ACC), tl.full([], clip, ACC)
     program = tl.program_id(0)
     spans = tl.cdiv(columns, BLOCK)
     outer, i, _, in_range = rows_of(program // spans, inner, M, VEC, True)
@@ -314,11 +273,9 @@ def backward_kernel(
     end = in_vectors(columns, VEC, True)
     place = (outer, i, c, in_range)
     tensors = (target, weight, pos_weight, mask)
-    a, b, hit, counts, _ = _factors(
-        tensors, strides, place, end, classes, ignore_index, numbers, KIND, CLASS_AXIS, VEC, BY_ROW, ACC
-    )
+    a, b, hit, counts, _ = _factors(tensors, strides, place, end, classes, options, KIND, CLASS_AXIS, VEC, BY_ROW, ACC)
     z = _load(logits, strides[0], place, end, VEC, False).to(ACC)
-    _, slope = _loss_and_slope(z, a, b, hit, gamma, gamma_neg, clip, ONE_PART, POWER, POWER_NEG, CLIPPED, FAST)
+    _, slope = _loss_and_slope(z, a, b, hit, options, FAST)
     if REDUCE:
         n = tl.load(divisor)
         upstream = tl.load(grad_loss).to(ACC)
@@ -327,7 +284,6 @@ def backward_kernel(
     else:
         upstream = _load(grad_loss, strides[6], place, end, VEC, BY_ROW[4]).to(ACC)
     value = tl.where(counts & (upstream != 0), slope * upstream, 0.0)
-    so, sr, sc = strides[1]
     there = in_range[:, None] & (c < end)[None, :]
-    at = gradient + offsets_of(outer, i, c, so, sr, sc, VEC, True)
+    at = gradient + offsets_of(outer, i, c, strides[1], VEC, True)
     tl.store(at, value.to(gradient.dtype.element_ty), mask=there)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import accumulate_dtype
+from torchfast._common import MEAN, NONE, accumulate_dtype
 from torchfast._env import flag
+from torchfast.losses.sigmoid_focal_loss.options import Options
 from torchfast.losses.sigmoid_focal_loss.reference import fake, is_index, read_integers
 from torchfast.losses.sigmoid_focal_loss.triton_kernels import (
     BOOL,
@@ -22,7 +23,17 @@ from torchfast.losses.sigmoid_focal_loss.triton_kernels import (
     backward_kernel,
     forward_kernel,
 )
-from torchfast.losses.triton_launch import Dimension, Tile, add_up, merged, on_device, power_of_2, tile_of, widened
+from torchfast.losses.triton_launch import (
+    Dimension,
+    Tile,
+    add_up,
+    kernel_options,
+    merged,
+    on_device,
+    power_of_2,
+    tile_of,
+    widened,
+)
 
 
 def tile(rows: int, columns: int, itemsize: int, vec: int) -> Tile:
@@ -58,27 +69,20 @@ class Call:
         weight: Tensor | None,
         pos_weight: Tensor | None,
         mask: Tensor | None,
-        ignore_index: int,
-        reduction: int,
-        alpha: float,
-        gamma: float,
-        gamma_neg: float,
-        clip: float,
-        label_smoothing: float,
-        empty_zero: bool,
+        options: Options,
     ) -> None:
         self.acc = acc = accumulate_dtype(logits)
-        self.reduction, self.empty_zero, self.device = reduction, empty_zero, logits.device
+        self.device, each = logits.device, options.reduction == NONE
         kind = INDEX if is_index(logits, target) else INTEGER
         if target.dtype == torch.bool:
             kind = BOOL
         elif target.is_floating_point():
             kind = SOFT
         elif flag("TORCHFAST_CHECK"):
-            read_integers(logits, target, mask, ignore_index)
+            read_integers(logits, target, mask, options.ignore_index)
         if kind is INDEX:
             target = _readable(target, acc).unsqueeze(-1).expand(logits.shape)
-        upstream = grad_loss if grad_loss is not None and reduction == 0 else None
+        upstream = grad_loss if each else None
         read = [None if t is None else _readable(t, acc) for t in (target, weight, pos_weight, mask, upstream)]
         tensors = [logits, out, *read]
         dimensions = self._dimensions(tensors, kind is INDEX)
@@ -99,21 +103,34 @@ class Call:
         whole = [(t, of) for t, of in present if of[2]]
         aligned = aligned and all(t.data_ptr() % 16 == 0 and of[0] % vec == of[1] % vec == 0 for t, of in whole)
         self.strides = tuple(strides[:7])
-        keep, half = 1.0 - label_smoothing, label_smoothing / 2
-        positive, negative = (alpha, 1.0 - alpha) if alpha >= 0 else (1.0, 1.0)
-        self.numbers = tuple(float(v) for v in (keep, half, positive, negative, gamma, gamma_neg, clip))
         # What no element can equal is told apart from what an element would be rounded to.
         wide = self.read[0] is not None and self.read[0].dtype in (torch.int32, torch.int64)
-        self.ignore_index = ignore_index if wide or abs(ignore_index) < 2**15 else -(2**31)
+        ignore_index = options.ignore_index if wide or abs(options.ignore_index) < 2**15 else -(2**31)
+        gamma, gamma_neg, clip, smoothing = options.gamma, options.gamma_neg, options.clip, options.label_smoothing
+        self.options = kernel_options(
+            ignore_index,
+            {
+                "keep": 1.0 - smoothing,
+                "half": smoothing / 2,
+                "positive": options.alpha if options.alpha >= 0 else 1.0,
+                "negative": 1.0 - options.alpha if options.alpha >= 0 else 1.0,
+                "gamma": gamma,
+                "gamma_neg": gamma_neg,
+                "clip": clip,
+            },
+            {
+                "ONE_PART": kind is not SOFT and smoothing == 0 and clip == 0 and gamma == gamma_neg,
+                "POWER": int(gamma) if gamma in range(5) else 5,
+                "POWER_NEG": int(gamma_neg) if gamma_neg in range(5) else 5,
+                "CLIPPED": clip != 0,
+            },
+            acc,
+        )
         self.classes = logits.shape[-1] if logits.dim() else 1
         self.flags = {
             "KIND": kind.value,
             "CLASS_AXIS": axis,
-            "ONE_PART": kind is not SOFT and label_smoothing == 0 and clip == 0 and gamma == gamma_neg,
-            "POWER": int(gamma) if gamma in range(5) else 5,
-            "POWER_NEG": int(gamma_neg) if gamma_neg in range(5) else 5,
-            "CLIPPED": clip != 0,
-            "REDUCE": reduction != 0,
+            "REDUCE": not each,
             "VEC": vec if aligned else 1,
             "BY_ROW": tuple(t is not None and of[2] == 0 for t, of in zip(tensors[2:], strides[2:], strict=False)),
         }
@@ -137,35 +154,38 @@ class Call:
 
     def arguments(self) -> tuple[Any, ...]:
         """The kernels' last positional ones."""
-        return (self.strides, self.inner, self.columns, self.classes, self.ignore_index, *self.numbers)
+        return (self.strides, self.inner, self.columns, self.classes, self.options)
 
     def constants(self) -> dict[str, Any]:
         return {**self.flags, "M": self.tile.M, "BLOCK": self.tile.BLOCK, "num_warps": self.tile.warps}
 
 
-def sigmoid_focal_loss(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    loss, divisor = fake(logits, target, *options)
-    call = Call(loss if options[4] == 0 else None, None, logits, target, *options)
+def sigmoid_focal_loss(logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    loss, divisor = fake(logits, *inputs)
+    options: Options = inputs[-1]
+    each = options.reduction == NONE
+    call = Call(loss if each else None, None, logits, *inputs)
     programs = call.programs if logits.numel() else 0
     sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if call.out is None else call.out
     with on_device(call.device):
         if programs:
             forward_kernel[(programs,)](call.logits, *call.read, sums, divisor, *call.arguments(), **call.constants())
-        elif not call.reduction:
+        elif each:
             divisor.fill_(1.0)
-        if call.reduction:
-            add_up(sums, programs, loss, divisor, mean=call.reduction == 1, empty_zero=call.empty_zero)
-    if not call.reduction and sums is not loss:
+        if not each:
+            mean = options.reduction == MEAN
+            add_up(sums, programs, loss, divisor, mean=mean, empty_zero=options.empty_zero)
+    if each and sums is not loss:
         loss.copy_(sums)
     return loss, divisor
 
 
-def sigmoid_focal_loss_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
-    *options, divisor = rest
+def sigmoid_focal_loss_backward(grad_loss: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    *inputs, divisor = rest
     gradient = torch.empty_like(logits)
     if not logits.numel():
         return gradient
-    call = Call(gradient, grad_loss, logits, target, *options)
+    call = Call(gradient, grad_loss, logits, *inputs)
     upstream = grad_loss if call.upstream is None else call.upstream
     with on_device(call.device):
         backward_kernel[(call.programs,)](
