@@ -35,6 +35,8 @@ from overview import overview
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchfast._options import as_object
+from torchfast._register import registry
 from torchfast.losses.cross_entropy import triton_launch
 from torchfast.losses.sigmoid_focal_loss import triton_launch as sigmoid_launch
 
@@ -258,7 +260,9 @@ class ToTheLaunchers(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op.name().partition("::")[2] if op.namespace == "torchfast" else ""
         if name.startswith(("cross_entropy", "sigmoid")):  # the ranking metrics' kernels are CUDA's
-            op = getattr(sigmoid_launch if name.startswith("sigmoid") else triton_launch, name)
+            of = registry["sigmoid_focal_loss" if name.startswith("sigmoid") else "cross_entropy"]
+            launcher = getattr(sigmoid_launch if name.startswith("sigmoid") else triton_launch, name)
+            op = as_object(launcher, of.options, of.tensors + (name != of.name))
         return op(*args, **(kwargs or {}))
 
 

@@ -107,7 +107,7 @@ def forward_kernel(
     x_strides,  # over the outer dimension, rows and classes
     y_strides,
     wa_stride,
-    options,
+    choices,  # the options: Triton's launcher has an argument of that name
     REDUCE: tl.constexpr,
     STAGE: tl.constexpr,
     M: tl.constexpr,
@@ -119,7 +119,7 @@ def forward_kernel(
 ):
     ACC: tl.constexpr = loss.dtype.element_ty
     FAST: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
-    LINEAR: tl.constexpr = options.DENSE and options.FOCAL == 0  # sum u log p needs no p: one pass is enough
+    LINEAR: tl.constexpr = choices.DENSE and choices.FOCAL == 0  # sum u log p needs no p: one pass is enough
     program = tl.program_id(0)
     block, first, end = program, 0, classes
     split = 0
@@ -129,7 +129,7 @@ def forward_kernel(
         first = split * per_split
         end = tl.minimum(first + per_split, classes)
     outer, i, row, in_range = rows_of(block, inner, M, VEC, CLASSES_MINOR)
-    t, known, bad, s, live = row_target(target, sample_weight, row, in_range, classes, options, ACC)
+    t, known, bad, s, live = row_target(target, sample_weight, row, in_range, classes, choices, ACC)
     # Rows that do not count are not read, unless that would break the vectors along the rows.
     read = live if CLASSES_MINOR else in_range
     classes_end = in_vectors(classes, VEC, CLASSES_MINOR)
@@ -144,7 +144,7 @@ def forward_kernel(
             x_strides,
             y_strides,
             wa_stride,
-            options,
+            choices,
             True,
             BLOCK,
             VEC,
@@ -161,7 +161,7 @@ def forward_kernel(
                     x_strides,
                     y_strides,
                     wa_stride,
-                    options,
+                    choices,
                     False,
                     BLOCK,
                     VEC,
@@ -205,12 +205,12 @@ def forward_kernel(
         row_loss = tl.zeros([M], ACC)
         sum_u_psi = tl.zeros([M], ACC)
         if LINEAR:
-            if not options.PROB:
-                uniform = number(options.uniform, ACC)
+            if not choices.PROB:
+                uniform = number(choices.uniform, ACC)
                 u_sum, uz_sum = u_sum * uniform, uz_sum * uniform
             row_loss = tl.where(u_sum == 0, 0.0, u_sum * ((m - shift) + log_rest)) - uz_sum
             sum_u_psi = -u_sum
-        if options.DENSE and options.FOCAL > 0:
+        if choices.DENSE and choices.FOCAL > 0:
             if STAGE == FINISH:
                 plane = splits.to(tl.int64) * rows
                 row_loss = tl.sum(tl.load(at + 2 * plane, mask=there, other=0.0), axis=1)
@@ -223,8 +223,8 @@ def forward_kernel(
                     c = start + tl.arange(0, HALF)
                     mask = read[:, None] & (c < classes_end)[None, :]
                     offsets = offsets_of(outer, i, c, x_strides, VEC, CLASSES_MINOR)
-                    z = load_z(logits, offsets, mask, options, ACC)
-                    y_offsets = offsets_of(outer, i, c, y_strides, VEC, CLASSES_MINOR) if options.PROB else 0
+                    z = load_z(logits, offsets, mask, choices, ACC)
+                    y_offsets = offsets_of(outer, i, c, y_strides, VEC, CLASSES_MINOR) if choices.PROB else 0
                     u = load_u(
                         target,
                         y_offsets,
@@ -233,13 +233,13 @@ def forward_kernel(
                         c,
                         classes_end,
                         mask,
-                        number(options.uniform, ACC),
-                        options,
+                        number(choices.uniform, ACC),
+                        choices,
                         ACC,
                     )
                     d = z - m[:, None]
                     p, rest_p = p_and_rest(d, rest[:, None], inverse[:, None], FAST)
-                    modulation, psi = psi_of(log_rest[:, None] - d, p, rest_p, options, FAST)
+                    modulation, psi = psi_of(log_rest[:, None] - d, p, rest_p, choices, FAST)
                     losses += tl.where(u == 0, 0.0, u * modulation * (log_rest[:, None] - d))
                     u_psis += tl.where(u == 0, 0.0, u * psi)
                 row_loss, sum_u_psi = tl.sum(losses, axis=1), tl.sum(u_psis, axis=1)
@@ -248,20 +248,20 @@ def forward_kernel(
             tl.store(here + 2 * plane, row_loss, mask=in_range)
             tl.store(here + 3 * plane, sum_u_psi, mask=in_range)
         else:
-            if not options.PROB:
-                u = tl.zeros([M], ACC) + number(options.keep, ACC)
+            if not choices.PROB:
+                u = tl.zeros([M], ACC) + number(choices.keep, ACC)
                 if wa is not None:
                     u = u * tl.load(wa + t * wa_stride, mask=live, other=0.0).to(ACC)
                 x_outer, x_row, x_class = x_strides
                 at_own = outer * x_outer + i * x_row + t.to(tl.int64) * x_class
-                z = load_z(logits, at_own, live, options, ACC)
+                z = load_z(logits, at_own, live, choices, ACC)
                 d = z - m
                 p, rest_p = p_and_rest(d, rest, inverse, FAST)
-                modulation, psi = psi_of(log_rest - d, p, rest_p, options, FAST)
+                modulation, psi = psi_of(log_rest - d, p, rest_p, choices, FAST)
                 row_loss += tl.where(u == 0, 0.0, u * modulation * (log_rest - d))
                 sum_u_psi += tl.where(u == 0, 0.0, u * psi)
-            if options.Z:
-                row_loss += number(options.z_loss, ACC) * (m + log_rest) * (m + log_rest)
+            if choices.Z:
+                row_loss += number(choices.z_loss, ACC) * (m + log_rest) * (m + log_rest)
             row_loss = tl.where(bad, float("nan"), tl.where(live, row_loss * s, 0.0))
             rows_wide = in_vectors(rows.to(tl.int64), VEC, not CLASSES_MINOR)
             tl.store(residuals + row, tl.where(live, m, 0.0), mask=in_range)
@@ -269,7 +269,7 @@ def forward_kernel(
             tl.store(residuals + 2 * rows_wide + row, tl.where(live, sum_u_psi, 0.0), mask=in_range)
             if REDUCE:
                 w_t = tl.where(known, s, 0.0)
-                if weight is not None and not options.PROB:
+                if weight is not None and not choices.PROB:
                     w_t = w_t * tl.load(weight + t, mask=known, other=0.0).to(ACC)
                 tl.store(loss + program, tl.sum(row_loss, axis=0))
                 tl.store(loss + tl.num_programs(0) + program, tl.sum(w_t, axis=0))
@@ -299,7 +299,7 @@ def backward_kernel(
     y_strides,
     g_strides,
     wa_stride,
-    options,
+    choices,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -310,7 +310,7 @@ def backward_kernel(
     spans = tl.cdiv(tl.cdiv(classes, BLOCK), steps)
     first = tl.program_id(0) % spans * steps * BLOCK
     outer, i, row, in_range = rows_of(tl.program_id(0) // spans, inner, M, VEC, CLASSES_MINOR)
-    t, _, _, s, live = row_target(target, sample_weight, row, in_range, classes, options, ACC)
+    t, _, _, s, live = row_target(target, sample_weight, row, in_range, classes, choices, ACC)
 
     classes_end = in_vectors(classes, VEC, CLASSES_MINOR)
     rows_wide = in_vectors(rows.to(tl.int64), VEC, not CLASSES_MINOR)
@@ -322,10 +322,10 @@ def backward_kernel(
     rest = tl.load(residuals + rows_wide + row, mask=in_range, other=0.0)[:, None]
     sum_u_psi = tl.load(residuals + 2 * rows_wide + row, mask=in_range, other=0.0)[:, None]
     inverse = 1 / (1 + rest)
-    log_rest = log1p(rest) if options.Z or (options.FOCAL > 0 and options.DENSE) else rest
-    if not options.PROB:
-        own = tl.zeros([M], ACC) + number(options.keep, ACC)
-        if options.DENSE and wa is not None:
+    log_rest = log1p(rest) if choices.Z or (choices.FOCAL > 0 and choices.DENSE) else rest
+    if not choices.PROB:
+        own = tl.zeros([M], ACC) + number(choices.keep, ACC)
+        if choices.DENSE and wa is not None:
             own = own * tl.load(wa + t * wa_stride, mask=counts, other=0.0).to(ACC)
 
     for start in range(first, tl.minimum(first + steps * BLOCK, classes), BLOCK):
@@ -333,31 +333,31 @@ def backward_kernel(
         in_classes = c < classes_end
         mask = (counts if CLASSES_MINOR else in_range)[:, None] & in_classes[None, :]
         offsets = offsets_of(outer, i, c, x_strides, VEC, CLASSES_MINOR)
-        z = load_z(logits, offsets, mask, options, ACC)
+        z = load_z(logits, offsets, mask, choices, ACC)
         d = z - m
         p, rest_p = p_and_rest(d, rest, inverse, FAST)
-        if options.DENSE:
-            y_offsets = offsets_of(outer, i, c, y_strides, VEC, CLASSES_MINOR) if options.PROB else 0
+        if choices.DENSE:
+            y_offsets = offsets_of(outer, i, c, y_strides, VEC, CLASSES_MINOR) if choices.PROB else 0
             u = load_u(
-                target, y_offsets, wa, wa_stride, c, classes_end, mask, number(options.uniform, ACC), options, ACC
+                target, y_offsets, wa, wa_stride, c, classes_end, mask, number(choices.uniform, ACC), choices, ACC
             )
-            if not options.PROB:
+            if not choices.PROB:
                 u += tl.where(c[None, :] == t[:, None], own[:, None], 0.0)
-            if options.FOCAL > 0:
-                modulation, psi = psi_of(log_rest - d, p, rest_p, options, FAST)
+            if choices.FOCAL > 0:
+                modulation, psi = psi_of(log_rest - d, p, rest_p, choices, FAST)
                 u_psi = tl.where(u == 0, 0.0, u * psi)
             else:
                 u_psi = -u
         else:
             u_psi = tl.where(c[None, :] == t[:, None], sum_u_psi, 0.0)
         others = u_psi - sum_u_psi
-        if options.Z:
-            others += 2 * number(options.z_loss, ACC) * (m + log_rest)
+        if choices.Z:
+            others += 2 * number(choices.z_loss, ACC) * (m + log_rest)
         grad = u_psi * rest_p + p * others  # keeps its digits where p rounds to 1
-        if options.SCALED:
-            grad = grad * number(options.logit_scale, ACC)
-        if options.CAPPED:
-            cap = number(options.softcap, ACC)
+        if choices.SCALED:
+            grad = grad * number(choices.logit_scale, ACC)
+        if choices.CAPPED:
+            cap = number(choices.softcap, ACC)
             grad = grad * (1 - (z / cap) * (z / cap))
         grad = tl.where(counts[:, None], grad * upstream[:, None], 0.0)
         offsets = offsets_of(outer, i, c, g_strides, VEC, CLASSES_MINOR)

@@ -205,7 +205,7 @@ def forward_kernel(
     inner,
     columns,
     classes,
-    options,
+    choices,  # the options: Triton's launcher has an argument of that name
     KIND: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
     REDUCE: tl.constexpr,
@@ -224,10 +224,10 @@ def forward_kernel(
     place = (outer, i, c, in_range)
     tensors = (target, weight, pos_weight, mask)
     a, b, hit, counts, bad = _factors(
-        tensors, strides, place, end, classes, options, KIND, CLASS_AXIS, VEC, BY_ROW, ACC
+        tensors, strides, place, end, classes, choices, KIND, CLASS_AXIS, VEC, BY_ROW, ACC
     )
     z = _load(logits, strides[0], place, end, VEC, False).to(ACC)
-    value, _ = _loss_and_slope(z, a, b, hit, options, FAST)
+    value, _ = _loss_and_slope(z, a, b, hit, choices, FAST)
     value = tl.where(counts, value, 0.0)
     if KIND == INDEX or KIND == INTEGER:
         value = tl.where(bad, float("nan"), value)
@@ -255,7 +255,7 @@ def backward_kernel(
     inner,
     columns,
     classes,
-    options,
+    choices,
     KIND: tl.constexpr,
     CLASS_AXIS: tl.constexpr,
     REDUCE: tl.constexpr,
@@ -273,9 +273,9 @@ def backward_kernel(
     end = in_vectors(columns, VEC, True)
     place = (outer, i, c, in_range)
     tensors = (target, weight, pos_weight, mask)
-    a, b, hit, counts, _ = _factors(tensors, strides, place, end, classes, options, KIND, CLASS_AXIS, VEC, BY_ROW, ACC)
+    a, b, hit, counts, _ = _factors(tensors, strides, place, end, classes, choices, KIND, CLASS_AXIS, VEC, BY_ROW, ACC)
     z = _load(logits, strides[0], place, end, VEC, False).to(ACC)
-    _, slope = _loss_and_slope(z, a, b, hit, options, FAST)
+    _, slope = _loss_and_slope(z, a, b, hit, choices, FAST)
     if REDUCE:
         n = tl.load(divisor)
         upstream = tl.load(grad_loss).to(ACC)
