@@ -268,10 +268,21 @@ def _ideal(gain: Tensor, query: Tensor, queries: int) -> _Queries:
 # ---- The op ----------------------------------------------------------------------------------
 
 
-def fake(preds: Tensor, target: Tensor, offsets: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+def fake(
+    preds: Tensor,
+    target: Tensor,
+    offsets: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    num_relevant: Tensor | None,
+    unretrieved: Tensor | None,
+    unretrieved_offsets: Tensor | None,
+    gain_table: Tensor | None,
+    kinds: Sequence[int],
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
     queries = preds.shape[0] if offsets is None else offsets.shape[0] - 1
-    metrics = len(options[6])
-    values = preds.new_empty((metrics, queries), dtype=value_dtype(preds.device))
+    values = preds.new_empty((len(kinds), queries), dtype=value_dtype(preds.device))
     return values, preds.new_empty((2, queries), dtype=torch.bool)
 
 
