@@ -6,10 +6,11 @@ import contextlib
 import pytest
 import torch
 from test_dtypes import functions_and_samples
-from test_ops import map_tensors
+from test_ops import loss_and_gradients, map_tensors
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from torchfast._register import registry
 from torchfast.metrics import ranking_metrics
 
 CASES = [
@@ -29,13 +30,12 @@ def without_data(kind):
 
 
 def results(function, sample):
-    """The values; of a loss also its gradient."""
-    if not function.__module__.startswith("torchfast.losses"):
+    """The values; of a loss also its gradients."""
+    op = registry.get(function.__name__)
+    if op is None:
         return tree_leaves(function(*sample.args, **sample.kwargs))
-    first, *rest = sample.args
-    first = first.detach().requires_grad_()
-    loss = function(first, *rest, **sample.kwargs)
-    return [loss.detach(), *torch.autograd.grad(loss.sum(), first)]
+    loss, *gradients = loss_and_gradients(op, sample)
+    return [loss, *gradients]
 
 
 def described(tensors):

@@ -84,6 +84,7 @@ class Op:
         return [given[name] for name in names], call
 
 
+_BATCHED = torch._C._parse_dispatch_key("Batched")
 #: Every registered op by name.
 registry: dict[str, Op] = {}
 
@@ -163,7 +164,7 @@ def register(
         """Whether the gradients of the forward may be needed again: in a graph that is retained, or traced, and for
         several upstream gradients (is_grads_batched=True)."""
         graph = ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph() or type(grad) is not Tensor
-        batched = torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.Batched)
+        batched = torch._C._dispatch_keys(grad).has(_BATCHED)
         return graph or batched or torch._C._are_functorch_transforms_active()
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
