@@ -292,7 +292,8 @@ def test_any_strides_give_the_same_values(op, number, layout, device):
     actual = loss_and_gradients(op, sample)
     assert_rounded(actual, loss_and_gradients(op, contiguous))
     for gradient, x in zip(actual[1:], op.partial(sample)[0], strict=True):
-        assert gradient.stride() == torch.empty_like(x).stride()
+        if not op.around or x.dim() < 3:  # where dimensions are merged into rows, the gradient's are those of the copy
+            assert gradient.stride() == torch.empty_like(x).stride()
 
 
 @every_sample
