@@ -140,7 +140,7 @@ def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         upstream = grad_loss * _inverse(_divisor(a))
         _, *gradients = _walk(a, upstream.expand(a.input.shape[0]))
         each = zip(a[:3], gradients, a.gradients, strict=True)
-        return tuple(g.to(x.dtype) if need else g for x, g, need in each)
+        return tuple(g.to(x.dtype) if need and x is not None else g for x, g, need in each)
 
 
 def fake(*arguments: Any) -> tuple[Tensor, ...]:
