@@ -44,8 +44,8 @@ def library(folder: Path, op: str = "ranking", planted: Path | None = None) -> P
     from torch.utils.cpp_extension import include_paths, library_paths
 
     kernels, binding, target = (folder / name for name in (f"{op}.o", f"{op}_binding.o", f"{op}.so"))
-    # What a test or two run on is compiled in 8 s instead of 32 (-O1) or 60 (-O2).
-    shared = ["-O0" if planted else "-O1", "-fPIC", "-fvisibility=hidden", *([f"-I{planted}"] if planted else []), f"-I{CSRC}", "-c"]
+    level = "-O0" if planted else "-O1"  # compiled in 8 s, for a test or two, and in 32; -O2 takes 60
+    shared = [level, "-fPIC", "-fvisibility=hidden", *([f"-I{planted}"] if planted else []), f"-I{CSRC}", "-c"]
     compile("-std=c++17", *shared, "-x", "c++", CSRC / op / "cuda" / f"{op}.cu", "-o", kernels)
     if not binding.exists():
         torch = ["-DTORCHFAST_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-psabi"]
