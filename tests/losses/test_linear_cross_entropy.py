@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
@@ -261,7 +261,6 @@ def calls(draw, device):
     return x, w, normal(classes) if draw(st.booleans()) else None, target, options
 
 
-@settings(max_examples=200)
 @given(data=st.data())
 @pytest.mark.once("native", "triton")
 def test_any_options_shapes_and_layouts_give_the_two_steps(data, device):
