@@ -1,14 +1,14 @@
-# make demo | test | bench | docs | dist | sanitize | lint | types | clean. `make demo` first creates .venv, installs the
-# few pinned packages that it runs with, and builds the CPU's kernels. All others first do `make setup`, which does the
-# same, builds the CUDA code too where there is nvcc, and installs the rest of the pinned development environment. What
-# is up to date is not done again.
+# make demo | check | test | test-full | bench | docs | dist | sanitize | lint | types | clean. `make demo` first creates
+# .venv, installs the few pinned packages that it runs with, and builds the CPU's kernels. All others first do
+# `make setup`, which does the same, builds the CUDA code too where there is nvcc, and installs the rest of the pinned
+# development environment. What is up to date is not done again.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py $(shell find csrc -type f)
 PY_CODE := setup.py .ci torchfast tests benchmarks examples docs
 CPP_CODE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test lint types bench docs dist sanitize clean
+.PHONY: setup demo check test test-full lint types bench docs dist sanitize clean
 
 setup: .venv/dev .venv/built
 
@@ -38,17 +38,27 @@ demo: .venv/cpu-built
 LOSSES := $(addprefix tests/losses/test_,ops.py cross_entropy.py sigmoid_focal_loss.py linear_cross_entropy.py)
 METRICS := $(addprefix tests/metrics/test_,metric_ops.py ranking.py classification.py regression.py)
 TRITON := tests/losses/test_triton_cross_entropy.py tests/losses/test_triton_sigmoid_focal_loss.py
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
+PYTEST = $(BIN)/python -m pytest -q -n auto --dist worksteal $(FULL)
+# The instruction sets below this machine's, which the native run has tested.
+NARROWER := $(BIN)/python -c 'from torchfast._C import build_info; isas = ["baseline", "avx2", "avx512"]; \
+	print(*isas[:isas.index(build_info()["simd"])])'
+
+# What one runs while working.
+check: setup lint types
+	$(PYTEST) tests/losses/test_ops.py tests/metrics/test_metric_ops.py -k "not opcheck and not compile"
 
 # Everything, and then what the kernels of each mode change: tests/conftest.py has the rule.
 test: setup lint types
 	$(PYTEST) --dist loadfile $(addprefix --ignore=,$(TRITON))
-	TORCHFAST_ISA=avx2 $(PYTEST) $(LOSSES) $(METRICS)
-	TORCHFAST_ISA=baseline $(PYTEST) $(LOSSES) $(METRICS)
+	for isa in $$($(NARROWER)); do TORCHFAST_ISA=$$isa $(PYTEST) $(LOSSES) $(METRICS) || exit 1; done
 	$(PYTEST) --kernel reference $(LOSSES) $(METRICS) tests/test_selftest.py
-	$(BIN)/python tests/kernels/cuda_emulator -q -n auto --dist worksteal -k ranking \
+	$(BIN)/python tests/kernels/cuda_emulator -q -n auto --dist worksteal $(FULL) -k ranking \
 		tests/metrics/test_ranking.py tests/metrics/test_metric_ops.py
 	$(PYTEST) --kernel triton $(LOSSES) $(TRITON) tests/test_selftest.py
+
+# All combinations of parameters instead of all pairs, and ten times as many random examples: some hours.
+test-full:
+	$(MAKE) test FULL=--full
 
 lint: setup
 	$(BIN)/ruff check $(PY_CODE)
@@ -83,8 +93,8 @@ SANITIZE := $(BIN)/python tests/kernels/sanitizers.py address,undefined -m pytes
 
 sanitize: setup
 	$(SANITIZE) $(LOSSES) $(METRICS) -k "$(SANITIZED)"
-	TORCHFAST_ISA=avx2 $(SANITIZE) tests/losses/test_ops.py tests/metrics/test_metric_ops.py -k "strides or layout or dtype"
-	TORCHFAST_ISA=baseline $(SANITIZE) tests/losses/test_ops.py tests/metrics/test_metric_ops.py -k "strides or layout or dtype"
+	for isa in $$($(NARROWER)); do TORCHFAST_ISA=$$isa $(SANITIZE) tests/losses/test_ops.py tests/metrics/test_metric_ops.py \
+		-k "strides or layout or dtype" || exit 1; done
 	$(BIN)/python tests/kernels/sanitizers.py thread -m torchfast.selftest --device cpu
 
 clean:

@@ -143,7 +143,8 @@ def cuda_library_dir(nvcc: str) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """A command that makes ``target`` of ``sources``. A compiler's lists the headers in ``target``.d."""
+    """A command that makes ``target`` of ``sources``. A compiler's lists the headers in ``target``.d. All paths are
+    relative to this file's folder, so that a copy of it, with what was built there, is up to date."""
 
     sources: tuple[Path, ...]
     target: Path
@@ -156,7 +157,7 @@ class Step:
     @property
     def title(self) -> str:
         source = self.sources[0]
-        return str(source.relative_to(HERE)) if self.compiles else f"link {self.target.name}"
+        return str(source) if self.compiles else f"link {self.target.name}"
 
 
 def plan(folder: Path) -> tuple[list[Step], list[Step]]:
@@ -172,8 +173,7 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
     }
     flags = "-O3 -std=c++20 -ffp-contract=fast -fPIC -fvisibility=hidden -g0 -DNDEBUG -Wall -Wno-psabi".split()
     flags.append("-Wno-maybe-uninitialized")  # of which GCC's own intrinsics are full
-    # The checks' messages name their file: by its path in the sources, not on this machine.
-    flags += [f"-ffile-prefix-map={HERE}/=", f"-ffile-prefix-map={torch}/include/="]
+    flags.append(f"-ffile-prefix-map={torch}/include/=")  # which the checks' messages name
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     mac = sys.platform == "darwin"
     link_flags = ["-shared", *(["-undefined", "dynamic_lookup"] if mac else ["-Wl,-s"])]
@@ -183,7 +183,7 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
         flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *link_flags[-2:]]
 
     def compiled(source: Path, *command: str) -> Step:
-        target, text = folder / source.relative_to(HERE).with_suffix(".o"), source.read_text()
+        target, text = folder / source.with_suffix(".o"), (HERE / source).read_text()
         named = [f"-D{name}={value}" for name, value in macros.items() if name in text]
         tail = (*named, "-MMD", "-MF", f"{target}.d", "-c", str(source), "-o", str(target))
         return Step((source,), target, (*command, *tail))
@@ -192,20 +192,22 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
         target, objects = folder / name, tuple(step.target for step in steps)
         return Step(objects, target, (*compiler, *map(str, objects), *link_flags, *libraries, "-o", str(target)))
 
-    module = HERE / "csrc" / "module.cpp"
+    def sources(pattern: str) -> list[Path]:
+        found = sorted(path.relative_to(HERE) for path in (HERE / "csrc").rglob(pattern))
+        return sorted(found, key=lambda path: path.name != "kernels.cpp")  # the longest first: no core waits at the end
+
+    module = Path("csrc", "module.cpp")
     steps, libraries = [], [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
     if nvcc:
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a, _ in archs]
         targets += [f"-gencode=arch=compute_{a},code=compute_{a}" for a, ptx in archs if ptx]
-        cuda_flags = ["-O3", "-std=c++17", f"--threads={jobs()}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        cuda_flags.append(f"-I{HERE / 'csrc'}")
-        steps += [compiled(s, nvcc, *cuda_flags, *targets) for s in sorted((HERE / "csrc").rglob("*.cu"))]
+        cuda_flags = ["-O3", "-std=c++17", f"--threads={jobs()}", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+        steps += [compiled(source, nvcc, *cuda_flags, *targets) for source in sources("*.cu")]
         libraries += [f"-L{cuda_library_dir(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
     # The stable ABI of torch 2.10: one build for all since. pybind11's headers, which come with torch, refuse it.
-    stable = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE / 'csrc'}", f"-isystem{torch / 'include'}")
-    sources = sorted(source for source in (HERE / "csrc").rglob("*.cpp") if source != module)
-    steps += [compiled(source, *compiler, *flags, *stable) for source in sources]
-    python = (f"-I{HERE / 'csrc'}", f"-isystem{sysconfig.get_path('include')}", f"-isystem{torch / 'include'}")
+    stable = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc", f"-isystem{torch / 'include'}")
+    steps += [compiled(source, *compiler, *flags, *stable) for source in sources("*.cpp") if source != module]
+    python = ("-Icsrc", f"-isystem{sysconfig.get_path('include')}", f"-isystem{torch / 'include'}")
     extension = [compiled(module, *compiler, *flags, *python)]
     return [*steps, linked("_kernels.so", steps, *libraries)], [*extension, linked("_C.so", extension)]
 
@@ -220,7 +222,7 @@ def jobs() -> int:
 def run(steps: list[Step], folder: Path) -> None:
     """Runs the steps with a line for each; with ninja, if that is there, those alone whose sources have changed."""
     for step in steps:
-        step.target.parent.mkdir(parents=True, exist_ok=True)
+        (HERE / step.target).parent.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if ninja is None:
         return run_without_ninja(steps)
@@ -233,9 +235,10 @@ def run(steps: list[Step], folder: Path) -> None:
         rule = "compile" if step.compiles else "link"
         rules.append(f"build {target}: {rule} {inputs}\n run = {command}\n title = {step.title}")
     file = folder / f"{steps[-1].target.stem}.ninja"
-    file.write_text("\n".join(rules) + "\n")
+    (HERE / file).write_text("\n".join(rules) + "\n")
     status = os.environ | {"NINJA_STATUS": "[%f/%t, %e s] "}
-    if subprocess.run([ninja, "-f", file, "-j", str(jobs()), steps[-1].target], env=status).returncode:
+    command = [ninja, "-f", file, "-j", str(jobs()), steps[-1].target]
+    if subprocess.run(command, cwd=HERE, env=status).returncode:
         raise BuildError("the native build failed; the compiler's words are above")
 
 
@@ -243,7 +246,8 @@ def run_without_ninja(steps: list[Step]) -> None:
     start = time.monotonic()
 
     def call(step: Step) -> tuple[Step, subprocess.CompletedProcess[str]]:
-        return step, subprocess.run(step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return step, subprocess.run(step.command, cwd=HERE, **output)
 
     with ThreadPoolExecutor(jobs()) as pool:
         for wave in [s for s in steps if s.compiles], steps[-1:]:
@@ -275,7 +279,7 @@ class Build(build_ext):
         super().run()
 
     def build_extensions(self) -> None:
-        folder = Path(self.build_temp).absolute()
+        folder = Path(os.path.relpath(self.build_temp, HERE))
         try:
             kernels, module = plan(folder)
             run(kernels, folder)
@@ -289,7 +293,7 @@ class Build(build_ext):
             if not extension.optional:
                 target = Path(self.get_ext_fullpath(extension.name))
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(built, target)
+                shutil.copyfile(HERE / built, target)
 
     def give_up(self, consequence: str, problem: BuildError, *extensions: setuptools.Extension) -> None:
         if mode("TORCHFAST_BUILD") == "require":

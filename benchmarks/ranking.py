@@ -53,7 +53,15 @@ def naive(preds: Tensor, target: Tensor) -> Tensor:
     return torch.stack([ndcg.mean(), mrr.mean(), precisions.mean()])
 
 
-def truth(preds: Tensor, target: Tensor) -> RankingTruth:
+def naive_top(preds: Tensor, target: Tensor) -> Tensor:
+    """NDCG@10 alone, which needs no sort."""
+    discount = 1 / torch.arange(2, 12, device=preds.device, dtype=preds.dtype).log2()
+    gain = target.gather(1, preds.topk(10, 1).indices).to(preds.dtype)
+    ideal = target.to(preds.dtype).topk(10, 1).values @ discount
+    return ((gain @ discount) / ideal).mean()[None]
+
+
+def truth(naive: Callable[[Tensor, Tensor], Tensor], preds: Tensor, target: Tensor) -> RankingTruth:
     chunk = max(1, 2**22 // preds.shape[1])
     parts = zip(preds.split(chunk), target.split(chunk), strict=True)
     sums = sum(naive(p.double(), y) * len(p) for p, y in parts)
@@ -62,6 +70,10 @@ def truth(preds: Tensor, target: Tensor) -> RankingTruth:
 
 def fast(preds: Tensor, target: Tensor) -> Tensor:
     return torch.stack([*ranking_metrics(preds, target, METRICS).values()])
+
+
+def fast_top(preds: Tensor, target: Tensor) -> Tensor:
+    return torch.stack([*ranking_metrics(preds, target, METRICS[:1]).values()])
 
 
 # ---- Peers -----------------------------------------------------------------------------------
@@ -168,9 +180,16 @@ def read(preds: Tensor, target: Tensor) -> Tensor:
 
 
 def ranking_case(
-    shape: tuple[int, int], relevant: int, aims: Aims, *, peers: tuple[str, ...] = (), family: str = "ranking"
+    shape: tuple[int, int],
+    relevant: int,
+    aims: Aims,
+    *,
+    peers: tuple[str, ...] = (),
+    family: str = "ranking",
+    top: bool = False,
 ) -> Case:
-    steps = {"torchfast": fast, "eager": naive}
+    eager = naive_top if top else naive
+    steps = {"torchfast": fast_top if top else fast, "eager": eager}
     for name in peers:
         module, step = PEERS[name]
         if importlib.util.find_spec(module):
@@ -178,12 +197,12 @@ def ranking_case(
     graded = bool(peers)
     return Case(
         family + " peers" * graded,
-        "ranking, " * (family == "scaling") + f"{relevant} relevant" + ", graded" * graded,
+        "ranking, " * (family == "scaling") + f"{relevant} relevant" + ", graded" * graded + ", NDCG@10" * top,
         shape,
         torch.float32,
         lambda device: ranking_inputs(shape, relevant, graded, device),
         steps,
-        truth,
+        functools.partial(truth, eager),
         aims,
         floors={"read": read},
         slow=graded,
@@ -192,12 +211,13 @@ def ranking_case(
 
 
 def ranking_cases() -> Iterator[Case]:
-    few, half = Aims(eager=40), Aims(eager=8)
+    few, half = Aims(eager=15), Aims(eager=6)
     yield ranking_case((10_000, 100), 5, few)
     yield ranking_case((10_000, 100), 50, half)
     yield ranking_case((10_000, 1000), 10, few._replace(read=3))
     yield ranking_case((10_000, 1000), 500, half)
-    yield ranking_case((500, 50_000), 20, few._replace(read=2))
+    yield ranking_case((500, 50_000), 20, few._replace(read=3))
+    yield ranking_case((500, 50_000), 25_000, NO_AIMS, top=True)
     yield ranking_case((10_000, 100), 10, few, peers=tuple(PEERS))
     for doubling in range(7):
         yield ranking_case((1250 * 2**doubling, 100), 10, NO_AIMS, family="scaling")

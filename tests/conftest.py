@@ -1,17 +1,20 @@
 """Shared by all tests: the kernels and devices under test, a fixed seed, hypothesis without deadlines or luck.
 
 pytest                     the kernels that serve the CPU here, and those of each GPU here
+pytest --full              every combination of parameters, and many more of hypothesis's examples
 pytest -m gpu              the GPUs alone
 pytest --kernel triton     Triton's kernels on CPU tensors, in its interpreter
 pytest --kernel reference  plain PyTorch
 python tests/kernels/cuda_emulator the CUDA kernels of the metrics on CPU tensors, in an emulator
 TORCHFAST_ISA=avx2 pytest  the CPU's kernels in narrower vectors (baseline: in those of every x86-64)
 
+Where a test has three parameters or more, a run takes of their combinations only so many that any values of any two
+parameters meet; --full takes all.
+
 The first of these, and GPUs, run every test. The others test the same code with other kernels in it. They leave out
 what kernels have no part in: the tests that take no ``device``, and those marked ``once``. ``once("reference")`` leaves
 out of that run alone what compares with the reference; ``once("native", "triton")`` keeps in it what checks the
-reference, which is also the fallback, against torch and finite differences. And where a test has three parameters or
-more, they take of the combinations only so many that any values of any two parameters meet.
+reference, which is also the fallback, against torch and finite differences.
 """
 
 import itertools
@@ -27,12 +30,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("torchfast", deadline=None, derandomize=True)
+settings.register_profile("torchfast", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("full", deadline=None, derandomize=True, max_examples=500)
 settings.load_profile("torchfast")
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", help="test only this device (cpu, cuda, xpu); TORCHFAST_TEST_DEVICE says it too")
+    parser.addoption("--full", action="store_true", help="every combination of parameters; ten times the examples")
     parser.addoption(
         "--kernel",
         choices=("native", "triton", "reference", "emulator"),
@@ -49,6 +54,8 @@ def devices(config):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "once(*kernels): says nothing new of other kernels, or of these")
+    if config.getoption("--full"):
+        settings.load_profile("full")
     wanted = config.getoption("--kernel")
     if wanted in ("triton", "reference", "emulator"):  # before torchfast is imported
         os.environ["TORCHFAST_DISABLE_NATIVE"] = "1"
@@ -117,16 +124,16 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What a run of other kernels leaves out: see above."""
+    """What a run leaves out: see above."""
     kernel = config.getoption("--kernel") or "native"
-    if kernel == "native" and not os.environ.get("TORCHFAST_ISA"):
-        return
+    everything = kernel == "native" and not os.environ.get("TORCHFAST_ISA")
     tests = {}
     for item in items:
         marked = any(kernel in (mark.args or (kernel,)) for mark in item.iter_markers("once"))
-        if "device" in getattr(item, "fixturenames", ()) and not marked:
+        if everything or ("device" in getattr(item, "fixturenames", ()) and not marked):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    chosen = {item for combinations in tests.values() for item in every_pair(combinations)}
+    pick = list if config.getoption("--full") else every_pair
+    chosen = {item for combinations in tests.values() for item in pick(combinations)}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 

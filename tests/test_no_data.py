@@ -5,12 +5,12 @@ import contextlib
 
 import pytest
 import torch
-from test_dtypes import functions_and_samples, linear_samples
-from test_ops import map_tensors, tensors_of
+from test_dtypes import functions_and_samples
+from test_ops import loss_and_gradients, map_tensors
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-import torchfast
+from torchfast._register import registry
 from torchfast.metrics import ranking_metrics
 
 CASES = [
@@ -30,13 +30,12 @@ def without_data(kind):
 
 
 def results(function, sample):
-    """The values; of a loss also its gradient."""
-    if not function.__module__.startswith("torchfast.losses"):
+    """The values; of a loss also its gradients."""
+    op = registry.get(function.__name__)
+    if op is None:
         return tree_leaves(function(*sample.args, **sample.kwargs))
-    first, *rest = sample.args
-    first = first.detach().requires_grad_()
-    loss = function(first, *rest, **sample.kwargs)
-    return [loss.detach(), *torch.autograd.grad(loss.sum(), first)]
+    loss, *gradients = loss_and_gradients(op, sample)
+    return [loss, *gradients]
 
 
 def described(tensors):
@@ -56,20 +55,6 @@ def test_shapes_dtypes_and_strides_are_those_of_tensors_with_data(function, samp
         found = results(function, map_tensors(take, sample))
     assert described(found) == expected
     assert all(t.is_meta if kind == "meta" else type(t) is not torch.Tensor for t in found)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["meta", "fake"])
-def test_gradients_of_a_linear_layer_have_the_dtypes_of_its_tensors(kind, dtype):
-    for sample in linear_samples():
-        sample = map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, sample)
-        with without_data(kind) as take:
-            sample = map_tensors(take, sample)
-            leaves = [t.requires_grad_() for t in tensors_of(sample) if t.is_floating_point() and t.dim() == 2][:2]
-            loss = torchfast.linear_cross_entropy(*sample.args, **sample.kwargs)
-            gradients = torch.autograd.grad(loss.sum(), leaves)
-        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert described(gradients) == described(leaves)
 
 
 def test_nested_queries_say_how_many_they_are(device):

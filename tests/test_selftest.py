@@ -20,6 +20,7 @@ from torchfast import selftest
 from torchfast._options import as_object
 from torchfast._register import Sample, metrics, registry
 from torchfast.losses.cross_entropy import reference as plain
+from torchfast.losses.linear_cross_entropy.chunks import forward
 
 reference = registry["cross_entropy"].reference
 reference_backward = as_object(plain.reference_backward, registry["cross_entropy"].options, 6)
@@ -200,7 +201,7 @@ def test_the_table_says_which_row_failed_and_how(capsys: pytest.CaptureFixture[s
     assert details[0].startswith(f"cross_entropy, {device}, float16: ")
     assert "sample 0: loss is -" in details[0] and "--json shows all" in details[0]
     assert len(details[0].splitlines()) == 1 + selftest.SHOWN + 1
-    assert details[-1].startswith("4 of ")
+    assert details[-1].startswith("8 of ")  # linear_cross_entropy is served by the same kernels
 
 
 @pytest.mark.once
@@ -243,6 +244,21 @@ def test_a_wrong_kernel_of_a_metric_fails_in_every_dtype(wrong: Any, device: str
         for row in rows():
             assert row.failures and "ranking_metrics's " in row.failures[0]
     assert not any(row.failures for row in rows())
+
+
+@pytest.mark.once
+def test_a_wrong_gradient_of_a_further_input_is_named(device: str) -> None:
+    op = registry["linear_cross_entropy"]
+    small = dataclasses.replace(op, sample_inputs=lambda device, dtype, large: op.sample_inputs(device, dtype))
+
+    def wrong(*inputs: Any) -> tuple[Tensor, ...]:
+        loss, scale, grad_input, grad_weight, grad_bias = forward(*inputs)
+        return loss, scale, grad_input, -grad_weight, grad_bias
+
+    with torch.library._scoped_library("torchfast", "IMPL") as library:
+        library.impl("linear_cross_entropy", wrong, torch.device(device).type.upper(), allow_override=True)
+        for dtype in selftest.DTYPES:
+            assert selftest.check(small, device, dtype).failures[0].startswith("sample 0: gradient of linear_weight[")
 
 
 # ---- Samples ---------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 A loss is two dispatcher ops::
 
-    torchfast::<name>(inputs...)                            -> (loss, residuals...)
-    torchfast::<name>_backward(grad, inputs..., residuals...) -> grad of the first input
+    torchfast::<name>(inputs...)                              -> (loss, residuals...)
+    torchfast::<name>_backward(grad, inputs..., residuals...) -> gradient of each differentiable input
 
 A metric is one, and has no derivative.
 
@@ -16,6 +16,7 @@ logits arrive as they are and are widened inside the kernels, in registers.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +49,15 @@ class Op:
     forward: Any
     backward: Any
     autograd: type[torch.autograd.Function]
+    differentiable: int
+    """How many of the inputs, the first ones, the backward op has gradients of."""
     tensors: int
     """How many of the inputs, the first ones, are tensors or None."""
     inplace: bool
     """Whether its last option is ``inplace_backward``."""
     options: type[Options] | None
+    around: str | None
+    """The op whose kernels serve this one, which adds products of matrices around it."""
 
     def __call__(self, *inputs: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -60,15 +65,26 @@ class Op:
             return self.reference(*inputs)[0]
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled():
-            for other in inputs[1 : self.tensors]:
-                if other is not None and other.requires_grad:  # fused is the gradient of the first alone
-                    return self.reference(*inputs)[0]
-            if inputs[0].requires_grad and not compiling:
+            required = [x is not None and x.requires_grad for x in inputs[: self.tensors]]
+            if any(required[self.differentiable :]):  # the backward op has no gradient of these
+                return self.reference(*inputs)[0]
+            if any(required) and not compiling:
                 return self.autograd.apply(*inputs)
         if compiling:
             return self.forward(*inputs)[0]
         with torch._C._AutoDispatchBelowAutograd():
             return self.forward(*inputs)[0]
+
+    def partial(self, sample: Sample) -> tuple[list[Tensor], Callable[..., Tensor]]:
+        """The differentiable inputs of a sample, and the public function of these alone (and of further options)."""
+        given = inspect.signature(self.function).bind(*sample.args, **sample.kwargs).arguments
+        first, *others = [argument.name for argument in self.forward._schema.arguments[: self.differentiable]]
+        names = [next(iter(given), first), *(name for name in others if given.get(name) is not None)]
+
+        def call(*tensors: Tensor, function: Callable[..., Tensor] = self.function, **options: Any) -> Tensor:
+            return function(**{**given, **dict(zip(names, tensors, strict=True)), **options})
+
+        return [given[name] for name in names], call
 
 
 #: Every registered op by name.
@@ -89,67 +105,108 @@ def register(
     *,
     function: Callable[..., Tensor],
     reference: Callable[..., tuple[Tensor, ...]],
-    reference_backward: Callable[..., Tensor],
+    reference_backward: Callable[..., Any],
     fake: Callable[..., tuple[Tensor, ...]],
     sample_inputs: Callable[..., Iterable[Sample]],
     options: type[Options] | None = None,
+    kernel: Callable[..., tuple[Tensor, ...]] | None = None,
+    around: str | None = None,
 ) -> Op:
     """Defines ``torchfast::<name>`` and its backward, and enters them in the registry.
 
-    ``inputs`` and ``residuals`` are schema text. The differentiable input is the first, and tensors come
-    before options. These may be given as a dataclass instead, ``options``, of which the other functions then take one
-    object in their place. If the last option is ``bool inplace_backward``, there is also ``<name>_backward_``,
-    which writes the gradient over the first input where that option is true.
+    ``inputs`` and ``residuals`` are schema text. Tensors come before options, differentiable ones first: one, unless
+    the last option says otherwise. The options may be given as a dataclass instead, ``options``, of which the other
+    functions then take one object in their place.
+
+    - ``bool inplace_backward``: there is also ``<name>_backward_``, which writes the gradient over the first input
+      where that option is true.
+    - ``bool[n] gradients``: n inputs are differentiable, and this says of which of them the op computes the gradient;
+      the others' are empty. The forward op does so as well if the loss is one number: its residuals are a scale and,
+      multiplied by it, the gradients for an upstream gradient of 1.
+
+    ``kernel`` is the forward op where the reference is not (which it must then equal), and ``around`` as of ``Op``.
     """
     if options is not None:
         inputs = f"{inputs}, {options.schema()}"
-    first, rest = inputs.split(",", 1)
-    tensors = sum(argument.split()[0].startswith("Tensor") for argument in inputs.split(","))
+    returned = f"(Tensor loss, {residuals})"
+    arguments = torch._C.parse_schema(f"{name}({inputs}) -> {returned}").arguments
+    tensors = sum("Tensor" in str(argument.type) for argument in arguments)
+    inplace, several = (arguments[-1].name == option for option in ("inplace_backward", "gradients"))
+    differentiable = arguments[-1].N if several else 1  # type: ignore[attr-defined]
+    not_differentiable = (None,) * (len(arguments) - differentiable)
     reference, fake = as_object(reference, options, tensors), as_object(fake, options, tensors)
     reference_backward = as_object(reference_backward, options, 1 + tensors)
-    others = inputs.count(",")
-    outputs = ", ".join(["Tensor"] * (2 + residuals.count(",")))
-    saved = f"{rest}, {residuals}"
-    has_inplace = inputs.endswith("bool inplace_backward")
+    forward_op = _define(name, f"({inputs}) -> {returned}", kernel or reference, fake)
+
+    def fake_backward(grad: Tensor, *args: Any) -> Any:
+        if not several:
+            return torch.empty_like(args[0])
+        each = zip(args, args[len(arguments) - 1], strict=False)
+        return tuple(torch.empty_like(x) if need else grad.new_empty(0) for x, need in each)
 
     def reference_backward_(grad: Tensor, x: Tensor, *args: Any) -> None:
         x.copy_(reference_backward(grad, x, *args))
 
-    forward_op = _define(name, f"({inputs}) -> ({outputs})", reference, fake)
-    schema = f"(Tensor grad_loss, {first}, {saved})"
-    backward_op = _define(
-        f"{name}_backward", f"{schema} -> Tensor", reference_backward, lambda grad, x, *_: torch.empty_like(x)
-    )
-    if has_inplace:
-        schema = schema.replace(f", {first},", f", {first.replace('Tensor', 'Tensor(a!)')},")
+    schema = f"(Tensor grad_loss, {inputs}, {residuals})"
+    outputs = ", ".join(["Tensor"] * differentiable)
+    backward_op = _define(f"{name}_backward", f"{schema} -> ({outputs})", reference_backward, fake_backward)
+    if inplace:
+        schema = schema.replace(f", {inputs}", ", " + inputs.replace("Tensor", "Tensor(a!)", 1))
         backward_inplace = _define(f"{name}_backward_", f"{schema} -> ()", reference_backward_, lambda *_: None)
 
     def save(ctx: Any, inputs: tuple[Any, ...], residuals: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensors], *residuals)
         ctx.options = inputs[tensors:]
+        # A hook, as of checkpointing or offloading, may keep what it hands out.
+        ctx.hooked = several and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+    def again(inputs: list[Any], grad: Tensor, needs: tuple[bool, ...]) -> Iterable[Tensor]:
+        """The gradients that are needed, which can be differentiated again."""
+        each = zip(inputs[:differentiable], needs, strict=True)
+        # Views: where one of the tensors is another, or was made from it, each has its own derivative.
+        own = [x.view_as(x) if need else x for x, need in each]
+        wanted = [x for x, need in zip(own, needs, strict=True) if need]
+        return torch.autograd.grad(reference(*own, *inputs[differentiable:])[0], wanted, grad, create_graph=True)
+
+    def kept(ctx: Any, grad: Tensor) -> bool:
+        """Whether the gradients of the forward may be needed again: in a graph that is retained, or traced, and for
+        several upstream gradients (is_grads_batched=True)."""
+        graph = ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph() or type(grad) is not Tensor
+        batched = torch._C._dispatch_keys(grad).has("Batched")
+        return graph or batched or torch._C._are_functorch_transforms_active()
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        none = (None,) * others
         if grad is None:
-            return (None, *none)
-        saved, inplace = ctx.saved_tensors, has_inplace and ctx.options[-1]
-        inputs, residuals = (*saved[:tensors], *ctx.options), saved[tensors:]
+            return (None,) * len(arguments)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:differentiable]
+        inputs, residuals = [*saved[:tensors], *ctx.options], saved[tensors:]
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself will be differentiated
-            if inplace:
+            if inplace and inputs[-1]:
                 raise RuntimeError(
                     f"{name}: inplace_backward=True overwrites the logits, which a second derivative "
                     "(create_graph=True) needs again; pass inplace_backward=False"
                 )
-            loss = reference(*inputs)[0]
-            return (*torch.autograd.grad(loss, inputs[0], grad, create_graph=True), *none)
-        if inplace:
+            found = iter(again(inputs, grad, needs))
+            return (*(next(found) if need else None for need in needs), *not_differentiable)
+        if inplace and inputs[-1]:
             backward_inplace(grad, *inputs, *residuals)
             # Whoever saved the logits for its own backward must hear that they are gone.
             torch.autograd.graph.increment_version(inputs[0])
-            return (inputs[0].detach(), *none)
-        with torch._C._AutoDispatchBelowAutograd():
-            return (backward_op(grad, *inputs, *residuals), *none)
+            return (inputs[0].detach(), *not_differentiable)
+        if not several:
+            with torch._C._AutoDispatchBelowAutograd():
+                return (backward_op(grad, *inputs, *residuals), *not_differentiable)
+        if not grad.dim() and all(have or not need for have, need in zip(inputs[-1], needs, strict=True)):
+            scale, *gradients = residuals
+            multiply = torch.Tensor.mul if kept(ctx, grad) else torch.Tensor.mul_
+            factor = grad * scale
+            gradients = [multiply(g, factor) if need else g for g, need in zip(gradients, needs, strict=True)]
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                gradients = backward_op(grad, *inputs[:-1], needs, *residuals)
+        each = zip(inputs, gradients, needs, strict=False)
+        return (*(g.to(x.dtype) if need else None for x, g, need in each), *not_differentiable)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
@@ -169,8 +226,10 @@ def register(
             return loss
 
     Fused.backward = staticmethod(backward)  # type: ignore[assignment]
-    ops = forward_op, backward_op
-    registry[name] = Op(name, function, sample_inputs, reference, *ops, Fused, tensors, has_inplace, options)
+    ops = forward_op, backward_op, Fused
+    registry[name] = Op(
+        name, function, sample_inputs, reference, *ops, differentiable, tensors, inplace, options, around
+    )
     return registry[name]
 
 

@@ -28,7 +28,10 @@ def _guard(probe: Callable[[], Any]) -> Any:
 
 
 def _kernel(op: str, key: str) -> str:
-    """Which kernel the dispatcher holds for one op and backend: losses have Triton's for GPUs, metrics CUDA's."""
+    """Which kernel the dispatcher holds for one op and backend: losses have Triton's for GPUs, metrics CUDA's. An op
+    around another one, of products of matrices, is served by that one's."""
+    if op in registry:
+        op = registry[op].around or op
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"torchfast::{op}", key):
         return "reference"
     return "native" if op in metrics or (key == "CPU" and not _triton.interpreted()) else "triton"

@@ -1,11 +1,12 @@
 """Checks the kernels that are active on this machine: ``python -m torchfast.selftest [--device cuda] [--json]``.
 
 Every op runs on each of its sample inputs, on every device that torch sees and in every dtype: the loss, its
-gradient, and the gradient written over the input; of a metric, what its kernels return. The truth is the op's plain
+gradients, and the gradient written over the input; of a metric, what its kernels return. The truth is the op's plain
 PyTorch reference, differentiated by autograd, in fp64 on the CPU, from the same inputs.
 
 An error is given as a multiple of what rounding explains: 64 roundings of the largest value of its tensor, in the
-dtype that sums are computed in, and for a half-precision value one rounding of its own. So above 1 a kernel is wrong.
+dtype that sums are computed in, and for a half-precision value one rounding of its own; where products of matrices
+are rounded to half precision on the way, 8 roundings of the largest value to it. So above 1 a kernel is wrong.
 NaN or inf where the truth has none, the converse, a wrong shape or dtype, and an exception are failures too.
 
 Exits 1 if anything failed. On a GPU the first run compiles the kernels, which takes most of its time.
@@ -33,12 +34,13 @@ from torchfast.info import _guard, _kernel, report
 __all__ = ["Row", "available_devices", "check", "checked", "errors"]
 
 ROUNDINGS = 64
+ROUNDINGS_OF_PRODUCTS = 8
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 SHOWN = 5  # failures of a row that the table shows
 
 
-# ---- One sample: its loss and gradient, by the kernels and by the reference ------------------
+# ---- One sample: its loss and gradients, by the kernels and by the reference -----------------
 
 
 def _upstream(loss: Tensor) -> Tensor:
@@ -46,29 +48,28 @@ def _upstream(loss: Tensor) -> Tensor:
     return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
 
 
-def _active(op: Op, sample: Sample, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """By the kernels that the dispatcher holds for the sample's device."""
-    leaf = sample.args[0].detach().requires_grad_()
-    x = leaf.clone() if inplace else leaf
-    loss = op.function(x, *sample.args[1:], **sample.kwargs, **({"inplace_backward": True} if inplace else {}))
-    (gradient,) = torch.autograd.grad(loss, leaf, _upstream(loss))
-    return loss.detach().cpu(), gradient.cpu()
+def _active(op: Op, sample: Sample, *, inplace: bool = False) -> list[Tensor]:
+    """The loss and the gradients, by the kernels that the dispatcher holds for the sample's device."""
+    inputs, function = op.partial(sample)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    loss = function(leaves[0].clone(), *leaves[1:], inplace_backward=True) if inplace else function(*leaves)
+    return [t.detach().cpu() for t in (loss, *torch.autograd.grad(loss, leaves, _upstream(loss)))]
 
 
 def _wide(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu(), inputs)
 
 
-def _truth(op: Op, sample: Sample) -> tuple[Tensor, Tensor]:
-    """By the reference, which serves the public function inside of ``torch.func``."""
-    args, kwargs = _wide((sample.args, sample.kwargs))
+def _truth(op: Op, sample: Sample) -> list[Tensor]:
+    """The same by the reference, which serves the public function inside of ``torch.func``."""
+    inputs, function = op.partial(Sample(*_wide((sample.args, sample.kwargs))))
 
-    def total(x: Tensor) -> tuple[Tensor, Tensor]:
-        loss = op.function(x, *args[1:], **kwargs)
+    def total(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        loss = function(*inputs)
         return (loss * _upstream(loss)).sum(), loss
 
-    gradient, loss = torch.func.grad(total, has_aux=True)(args[0])
-    return loss, gradient
+    gradients, loss = torch.func.grad(total, tuple(range(len(inputs))), has_aux=True)(*inputs)
+    return [loss, *gradients]
 
 
 class Recorder(TorchDispatchMode):
@@ -87,12 +88,13 @@ class Recorder(TorchDispatchMode):
 # ---- Their difference ------------------------------------------------------------------------
 
 
-def errors(actual: Tensor, truth: Tensor) -> Tensor:
-    """Of each element, as a multiple of what rounding explains: above 1 is wrong.
+def errors(actual: Tensor, truth: Tensor, products: torch.dtype | None = None) -> Tensor:
+    """The error of each element, as a multiple of what rounding explains: above 1 is wrong.
 
     Args:
         actual: values in the dtype that they were computed in, any shape.
         truth: float64, the shape of ``actual``.
+        products: the dtype of products of matrices that the values are computed from, if there are any.
 
     Raises:
         RuntimeError: the shapes differ and cannot be broadcast.
@@ -113,6 +115,8 @@ def errors(actual: Tensor, truth: Tensor) -> Tensor:
     # of 1, above the whole gradient of a mean over many elements, would let zeros pass for it.
     largest = max(truth.nan_to_num(0, 0, 0).abs().max().item(), 1 / truth.numel())
     allowed = torch.full_like(truth, ROUNDINGS * torch.finfo(accumulated).eps * largest)
+    if products in HALF:
+        allowed += ROUNDINGS_OF_PRODUCTS * torch.finfo(products).eps * largest
     if actual.dtype in HALF:
         own = torch.finfo(actual.dtype)
         allowed += own.eps * (truth.abs() + own.smallest_normal)
@@ -120,14 +124,16 @@ def errors(actual: Tensor, truth: Tensor) -> Tensor:
     return torch.where(same, 0.0, (actual - truth).abs() / allowed).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def _compare(name: str, actual: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[float, str | None]:
+def _compare(
+    name: str, actual: Tensor, truth: Tensor, dtype: torch.dtype, products: torch.dtype | None = None
+) -> tuple[float, str | None]:
     """The largest error, and what is wrong."""
     if (actual.shape, actual.dtype) != (truth.shape, dtype):
         given = f"{name} is {actual.dtype} of shape {tuple(actual.shape)}"
         return torch.inf, f"{given}, should be {dtype} of shape {tuple(truth.shape)}"
     if not truth.numel():
         return 0.0, None
-    error = errors(actual, truth)
+    error = errors(actual, truth, products)
     wrong, largest = int((error > 1).sum()), error.max().item()
     if not wrong:
         return largest, None
@@ -157,13 +163,14 @@ def _comparisons(op: Op | Metric, sample: Sample) -> Iterator[tuple[float, str |
         yield from _metric_comparisons(op, sample)
         return
     dtype = sample.args[0].dtype
-    true_loss, true_gradient = _truth(op, sample)
-    loss, gradient = _active(op, sample)
-    yield _compare("loss", loss, true_loss, torch.float32 if dtype in HALF else dtype)
-    yield _compare("gradient", gradient, true_gradient, dtype)
+    dtypes = (torch.float32 if dtype in HALF else dtype, *[dtype] * op.differentiable)
+    others = [argument.name for argument in op.forward._schema.arguments[1 : op.differentiable]]
+    names = ["loss", "gradient", *(f"gradient of {name}" for name in others)]
+    truth, products = _truth(op, sample), dtype if op.around else None
+    for each in zip(names, _active(op, sample), truth, dtypes, strict=False):
+        yield _compare(*each, products)
     if op.inplace:
-        _, gradient = _active(op, sample, inplace=True)
-        yield _compare("gradient in place", gradient, true_gradient, dtype)
+        yield _compare("gradient in place", _active(op, sample, inplace=True)[1], truth[1], dtype)
 
 
 # ---- One row of the table: all samples of an op ----------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from memory import peak_memory
 from torch import Tensor, nn
@@ -266,14 +266,12 @@ def calls(draw, device):
     return x, target.to(device), None if weight is None else weight.to(device), options
 
 
-@settings(max_examples=400)
 @given(data=st.data())
 def test_loss_and_gradient_follow_the_formula_for_any_options(data, device):
     x, target, weight, options = data.draw(calls(device))
     assert_follows_oracle(x, target, weight, **options)
 
 
-@settings(max_examples=100)
 @given(data=st.data())
 @pytest.mark.once("native", "triton")
 def test_both_derivatives_match_finite_differences_for_any_options(data, device):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from memory import peak_memory
 from torch import Tensor, nn
@@ -398,14 +398,12 @@ def in_layout(x, layout):
     }[layout]()
 
 
-@settings(max_examples=300)
 @given(data=st.data())
 def test_loss_and_gradient_follow_the_formula_for_any_options(data, device):
     x, targets, upstream, options = data.draw(calls(device))
     assert_follows_oracle(x, targets, upstream, **options)
 
 
-@settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.once("native", "triton")
 def test_both_derivatives_match_finite_differences_for_any_options(data, device):

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -48,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "MANIFEST.in",
         ):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy2(ROOT / name, target / name)  # with its time, by which a build tells what is up to date
     return target
 
 
@@ -176,10 +177,12 @@ def test_a_source_distribution_made_without_torch_can_be_built_natively(source: 
 
 @pytest.fixture(scope="module")
 def native_wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of what the checkout's own build left, where that is up to date: compiling it again would take minutes."""
     if _native.unavailable_reason is not None:
         pytest.skip("this build is pure Python")
-    one = {"TORCH_CUDA_ARCH_LIST": "9.0"}  # the code for all GPUs is that of the checkout, below
-    wheel, log = build_wheel(source, tmp_path_factory.mktemp("native"), TORCHFAST_BUILD="require", **one)
+    if (ROOT / "build").exists():
+        shutil.copytree(ROOT / "build", source / "build", ignore=shutil.ignore_patterns("lib*", "sanitize*"))
+    wheel, log = build_wheel(source, tmp_path_factory.mktemp("native"), TORCHFAST_BUILD="require")
     assert wheel is not None, log
     return wheel
 
@@ -190,10 +193,8 @@ def audit(wheel: Path) -> tuple[int, str]:
 
 
 def test_the_native_wheel_passes_the_audit_of_its_content(native_wheel: Path) -> None:
-    _, output = audit(native_wheel)
-    found = [line for line in output.splitlines() if line and not line.startswith(("CUDA code for", "torchfast-"))]
-    missing = ["the binary has no code for sm_100", "the binary has no code for sm_80"]  # it was made for one GPU
-    assert "native" in output and found == (missing if "CUDA code for sm_90" in output else []), output
+    code, output = audit(native_wheel)
+    assert "native" in output and code == 0, output
 
 
 def test_the_audit_says_what_is_wrong_with_a_wheel(native_wheel: Path, tmp_path: Path) -> None:

@@ -7,23 +7,72 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cstdint>
-#include <cstring>
-#include <vector>
+#include <utility>
 
 #include "memory/parallel.h"
-#include "ranking/cpu/coarse-inl.h"
 #include "ranking/cpu/ranked-inl.h"
-#include "ranking/cpu/search-inl.h"
+#include "ranking/cpu/row-inl.h"
 
 TORCHFAST_KERNELS
+
+// Comparisons are counted in vectors of at most 32 bytes: those of 64 leave their results in mask registers,
+// which took 1.3 times as long (Zen 4).
+constexpr int kNarrow = TORCHFAST_VECTOR_BYTES < 32 ? TORCHFAST_VECTOR_BYTES : 32;
+
+// The sum of the lanes.
+template <class T, class V>
+TORCHFAST_INLINE T sum_halves(V v) {
+  if constexpr (sizeof(V) == sizeof(T)) {
+    return v[0];
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half half[2];
+    __builtin_memcpy(half, &v, sizeof(v));
+    return sum_halves<T>(half[0] + half[1]);
+  }
+}
+
+// For each of `scores` scores, how many of a chunk are larger and how many equal; added to the counts.
+template <int scores, class R>
+TORCHFAST_INLINE void compare(const R* x, int64_t n, const R* score, Int<R>* larger, Int<R>* equal) {
+  typedef R V __attribute__((vector_size(kNarrow)));
+  typedef Int<R> I __attribute__((vector_size(kNarrow)));
+  V s[scores];
+  I above[scores] = {}, same[scores] = {};
+  for (int j = 0; j < scores; ++j) s[j] = score[j] - V{};
+  for (int64_t i = 0; i < n; i += kNarrow / sizeof(R)) {
+    V v;
+    __builtin_memcpy(&v, x + i, sizeof(v));
+    for (int j = 0; j < scores; ++j) {
+      above[j] -= (I)(v > s[j]);
+      same[j] -= (I)(v == s[j]);
+    }
+  }
+  static_assert(kChunk < 1 << 15);
+  for (int j = 0; j < scores; ++j) {  // both sums at once, as halves of a number
+    auto both = sum_halves<Int<R>>(above[j] | same[j] << 16);
+    larger[j] += both & 0xffff;
+    equal[j] += both >> 16;
+  }
+}
+
+// The same for any number of scores, at most sizeof...(less) at a time.
+template <class R, int... less>
+TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t scores, Int<R>* larger,
+                                  Int<R>* equal, std::integer_sequence<int, less...>) {
+  for (int64_t j = 0; j < scores; j += sizeof...(less)) {
+    int64_t now = std::min<int64_t>(scores - j, sizeof...(less));
+    ((now == less + 1 ? compare<less + 1>(x, n, score + j, larger + j, equal + j) : void()), ...);
+  }
+}
 
 // Ranks by comparing every document with each judged one, chunk by chunk in L1.
 template <class R>
 class Counting {
   static constexpr int L = Simd<R>::lanes;
+  static constexpr int kAtOnce = TORCHFAST_VECTOR_BYTES == 64 ? 8 : 4;  // by the number of registers
 
  public:
   static constexpr int64_t kMost = std::min(64, 8 * L);  // judged documents; with more, sorting is faster
@@ -37,198 +86,132 @@ class Counting {
     for (int64_t i = 0; i < count; ++i) score_[i] = R(to_real(row.scores[ranked_.judged.at[i] * row.stride]));
     store(score_ + count, splat(R(NAN)));
     if (count == 0 && ranked_.o.nan == ranking::last) return row.n;  // no score matters
-    int64_t numbers;
-    if (row.n <= kShort) {
-      numbers = count_short(row);
-      if ((ranked_.is_untied = is_untied())) return put_in_order(row.n), numbers;
-    } else {
-      numbers = count_long(row, parts);
+    const Counts& counts = counted(row, parts);
+    bool untied = row.n <= kChunk;  // in longer rows the order costs little beside the counts
+    for (int64_t i = 0; i < count; ++i) untied &= counts.equal[i] == 1;
+    ranked_.is_untied = untied;
+    if (untied)
+      put_in_order(counts, row.n);
+    else
+      add_groups(row, counts);
+    return counts.numbers;
+  }
+
+ private:
+  struct Counts {
+    int64_t numbers;                     // scores that are not NaN
+    Int<R> larger[kMost], equal[kMost];  // scores, than each judged document's
+  };
+  static constexpr IntVec<R> kZeros{};
+
+  template <class S>
+  const Counts& counted(const Row<S>& row, const Parts& parts) {
+    int64_t judged = ranked_.judged.count;
+    Counts* counts = counts_.need(parts.count);
+    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
+      Counts& c = counts[part];
+      c.numbers = 0;
+      for (int64_t i = 0; i < judged; i += L) {  // std::fill_n makes `rep stos` of it, which is slow to start
+        __builtin_memcpy(c.larger + i, &kZeros, sizeof(kZeros));
+        __builtin_memcpy(c.equal + i, &kZeros, sizeof(kZeros));
+      }
+      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t, int64_t n) {
+        c.numbers += count_numbers(x, n);
+        compare_all(x, n, score_, judged, c.larger, c.equal, std::make_integer_sequence<int, kAtOnce>());
+      });
+    });
+    for (int64_t part = 1; part < parts.count; ++part) {
+      counts->numbers += counts[part].numbers;
+      for (int64_t i = 0; i < judged; ++i) {
+        counts->larger[i] += counts[part].larger[i];
+        counts->equal[i] += counts[part].equal[i];
+      }
     }
+    return *counts;
+  }
+
+  // Bits of the judged documents whose score is larger than, and equal to, a score.
+  uint64_t larger_than(R score) const {
+    uint64_t bits = 0;
+    for (int64_t j = 0; j < ranked_.judged.count; j += L)
+      bits |= larger_bits(load<R>(score_ + j), splat(score)) << j;
+    return bits;
+  }
+  uint64_t equal_to(R score) const {
+    uint64_t bits = 0;
+    for (int64_t j = 0; j < ranked_.judged.count; j += L)
+      bits |= equal_bits(load<R>(score_ + j), splat(score)) << j;
+    return bits;
+  }
+
+  // Where each judged document is the only one of its score: it is marked at its place among the n documents.
+  void put_in_order(const Counts& counts, int64_t n) {
+    int64_t count = ranked_.judged.count, at = 0;
+    uint64_t taken[kChunk / 64 + 1] = {};
+    int8_t id_of[kChunk], id[kMost];
+    for (int64_t i = 0; i < count; ++i) {
+      taken[counts.larger[i] / 64] |= uint64_t{1} << counts.larger[i] % 64;
+      id_of[counts.larger[i]] = int8_t(i);
+    }
+    ranked_.untied.begin(count);
+    for (int64_t first = 0; first < n; first += 64)
+      for (uint64_t bits = taken[first / 64]; bits; bits &= bits - 1) {
+        int64_t place = first + std::countr_zero(bits);
+        id[at] = id_of[place];
+        ranked_.untied.put(at, int32_t(place), ranked_.gain[id[at]]);
+        ++at;
+      }
+    ranked_.choose_relevant([&](int64_t i) { return id[i]; });
+  }
+
+  template <class S>
+  void add_groups(const Row<S>& row, const Counts& counts) {
+    int64_t count = ranked_.judged.count;
     uint64_t relevant = 0, nan = 0;  // bits of judged documents
     for (int64_t i = 0; i < count; ++i) {
       relevant |= uint64_t(ranking::is_relevant(ranked_.judged.y[i], ranked_.o)) << i;
       nan |= uint64_t(score_[i] != score_[i]) << i;
     }
     for (int64_t i = 0; i < count; ++i) {
-      uint64_t above = 0, same = 0;
-      for (int64_t j = 0; j < count; j += L) {
-        above |= larger_bits(load<R>(score_ + j), splat(score_[i])) << j;
-        same |= equal_bits(load<R>(score_ + j), splat(score_[i])) << j;
-      }
+      uint64_t same = equal_to(score_[i]);
       if (std::countr_zero(same) != i) continue;  // in the group of an earlier one, or NaN
-      ranked_.relevant_before = std::popcount(above & relevant);
-      add_counted(row, larger_[i], equal_[i], score_[i], same);
+      ranked_.relevant_before = std::popcount(larger_than(score_[i]) & relevant);
+      add_group(row, counts.larger[i], counts.equal[i], score_[i], same);
     }
     ranked_.relevant_before = std::popcount(relevant & ~nan);
-    if (nan) add_counted(row, numbers, row.n - numbers, R(NAN), nan);
-    return numbers;
+    if (nan) add_group(row, counts.numbers, row.n - counts.numbers, R(NAN), nan);
   }
 
- private:
-  // Whether each judged document is the only one of its score.
-  bool is_untied() const {
-    return ranked_.judged.count == 0 || not_one<R>(equal_, ranked_.judged.count) == 0;
-  }
-
-  // Untied judged documents: larger_ is their places.
-  TORCHFAST_INLINE void put_in_order(int64_t n) {
-    int64_t count = ranked_.judged.count;
-    int32_t id[kMost];
-    ranked_.untied.begin(count);
-    auto put = [&](int64_t at, int32_t i) __attribute__((always_inline)) {
-      ranked_.untied.put(at, int32_t(larger_[i]), ranked_.gain[i]);
-      id[at] = i;
-    };
-    if (count <= 2 * L) {
-      for (int32_t i = 0; i < count; ++i) {
-        uint64_t above = larger_bits(load<R>(score_), splat(score_[i]));
-        if (count > L) above |= larger_bits(load<R>(score_ + L), splat(score_[i])) << L;
-        put(std::popcount(above), i);
-      }
-    } else {
-      constexpr int kLook = TORCHFAST_VECTOR_BYTES / 2;
-      typedef int16_t Ids __attribute__((vector_size(TORCHFAST_VECTOR_BYTES)));
-      int16_t id_at[kShort + kLook];  // + 1; 0 says none
-      std::fill_n(id_at, n + kLook, 0);
-      for (int32_t i = 0; i < count; ++i) id_at[larger_[i]] = int16_t(i + 1);
-      int64_t at = 0;
-      for (int64_t begin = 0; begin < n; begin += kLook) {
-        Ids ids;
-        __builtin_memcpy(&ids, id_at + begin, sizeof(ids));
-        for (uint64_t taken = nonzero_bits(ids); taken; taken &= taken - 1)
-          put(at++, id_at[begin + std::countr_zero(taken)] - 1);
-      }
-    }
-    if (!ranked_.plain)
-      ranked_.untied.choose_relevant(
-          [&](int64_t at) { return ranking::is_relevant(ranked_.judged.y[id[at]], ranked_.o); });
-  }
-
+  // n documents have the score, those of the bits `members` among them.
   template <class S>
-  void add_counted(const Row<S>& row, int64_t before, int64_t n, R score, uint64_t members) {
-    if (n == 1) return ranked_.add_one(before, std::countr_zero(members));
+  void add_group(const Row<S>& row, int64_t before, int64_t n, R score, uint64_t members) {
     int32_t ids[kMost], *end = ids;
     for (; members; members &= members - 1) *end++ = std::countr_zero(members);
     if (ranked_.o.ties == ranking::stable)
-      add_stable(row, before, score, ids, end - ids);
+      add_stable(row, before, score, ids, end);
     else
       ranked_.add_group(before, n, ids, end - ids);
   }
 
-  // Counts in larger_ and equal_ the scores larger than and equal to each of score_; returns how many are
-  // not NaN.
-  template <class S>
-  int64_t count_long(const Row<S>& row, const Parts& parts) {
-    int64_t count = ranked_.judged.count;
-    counts_.need(parts.count * count);
-    std::atomic<int64_t> numbers{0};
-    std::fill_n(larger_, count, 0);
-    std::fill_n(equal_, count, 0);
-#if TORCHFAST_VECTOR_BYTES == 64
-    const bool searched = std::is_same_v<R, float> && Search::serves(count, row.n);
-    std::vector<Search> searches;
-    if constexpr (std::is_same_v<R, float>)
-      if (searched) searches.assign(parts.count, Search(score_, count));
-#endif
-    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
-      Counts<R>* counts = counts_.get() + part * count;
-      std::fill_n(counts, count, Counts<R>{});
-      int64_t in_part = 0;
-      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t, int64_t n) {
-        in_part += count_numbers(x, n);
-#if TORCHFAST_VECTOR_BYTES == 64
-        if constexpr (std::is_same_v<R, float>)
-          if (searched && searches[part].is_worth_it()) return searches[part].add(x, n);
-#endif
-        compare_all(x, n, score_, count, [=](int64_t first, auto scores, const Counts<R>* of_chunk) {
-          for (int j = 0; j < scores(); ++j) counts[first + j].add(of_chunk[j]);
-        });
-      });
-      numbers += in_part;
-    });
-#if TORCHFAST_VECTOR_BYTES == 64
-    if constexpr (std::is_same_v<R, float>)
-      for (const Search& search : searches) search.take(larger_, equal_);
-#endif
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t part = 0; part < parts.count; ++part) {
-        const Counts<R>& of_part = counts_[part * count + j];
-        larger_[j] += sum_of(of_part.larger);
-        equal_[j] += sum_of(of_part.equal);
-      }
-    }
-    return numbers;
-  }
-
-  // The same for a short row. Few judged documents: each is compared with all documents, side by side. Many:
-  // they lie side by side, and each document is compared with all of them.
-  template <class S>
-  TORCHFAST_INLINE int64_t count_short(const Row<S>& row) {
-    R staged[kShort];
-    const R* x = reinterpret_cast<const R*>(row.scores);
-    if (!std::is_same_v<S, R> || row.stride != 1) {
-      gather(row.scores, row.stride, row.n, staged);
-      x = staged;
-    }
-#if TORCHFAST_VECTOR_BYTES >= 32
-    if constexpr (std::is_same_v<R, float>)
-      if (ranked_.judged.count > 6 && coarse_.count(x, row.n, score_, ranked_.judged.count, larger_, equal_))
-        return row.n;
-#endif
-    constexpr int kLanes = Narrow<R>::lanes, kSummed = 2;  // adding up lanes takes as long as so many vectors
-    int64_t vectors = (row.n + kLanes - 1) / kLanes, wide = (ranked_.judged.count + kLanes - 1) / kLanes;
-    if (ranked_.judged.count * (vectors + kSummed) > row.n * wide) {
-      int64_t i = 0;
-      for (; i + 4 <= wide; i += 4) compare_beside<4>(x, row.n, i * kLanes);
-      if (i + 2 <= wide) compare_beside<2>(x, row.n, i * kLanes), i += 2;
-      if (i < wide) compare_beside<1>(x, row.n, i * kLanes);
-    } else {
-      compare_all(x, row.n, score_, ranked_.judged.count,
-                  [this](int64_t first, auto scores, const Counts<R>* counts) __attribute__((always_inline)) {
-                    sum_counts<R, scores()>(counts, larger_ + first, equal_ + first);
-                  });
-    }
-    return count_numbers(x, row.n);
-  }
-  template <int vectors>
-  TORCHFAST_INLINE void compare_beside(const R* x, int64_t n, int64_t first) {
-    typename Narrow<R>::V s[vectors];
-    Counts<R> counts[vectors];
-    std::memcpy(s, score_ + first, sizeof(s));
-    for (int64_t i = 0; i < n; ++i)
-      for (int v = 0; v < vectors; ++v) counts[v].add(x[i] - typename Narrow<R>::V{}, s[v]);
-    for (int v = 0; v < vectors; ++v) {
-      std::memcpy(larger_ + first + v * Narrow<R>::lanes, &counts[v].larger, kNarrow);
-      std::memcpy(equal_ + first + v * Narrow<R>::lanes, &counts[v].equal, kNarrow);
-    }
-  }
-
   // A group whose order is that of the positions.
   template <class S>
-  void add_stable(const Row<S>& row, int64_t before, R score, const int32_t* ids, int64_t count) {
-    int64_t from = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t at = ranked_.judged.at[ids[i]];
-      int64_t equal = 0, numbers = 0;
+  void add_stable(const Row<S>& row, int64_t before, R score, const int32_t* id, const int32_t* end) {
+    for (int64_t from = 0; id < end; ++id) {
+      int64_t at = ranked_.judged.at[*id], numbers = 0;
+      Int<R> larger = 0, equal = 0;
       for_each_chunk<R>(row, from, at, [&](const R* x, int64_t, int64_t n) {
         numbers += count_numbers(x, n);
-        compare<1>(x, n, &score, 0,
-                   [&](int64_t, auto, const Counts<R>* counts) { equal += sum_of(counts->equal); });
+        compare<1>(x, n, &score, &larger, &equal);
       });
       before += score == score ? equal : at - from - numbers;
-      ranked_.add_one(before++, ids[i]);
+      ranked_.add_one(before++, *id);
       from = at + 1;
     }
   }
 
   Ranked& ranked_;
-  // The judged documents' scores, and how many are larger and equal.
-  R score_[kMost + L];
-  Int<R> larger_[kMost], equal_[kMost];
-  Buffer<Counts<R>> counts_;
-#if TORCHFAST_VECTOR_BYTES >= 32
-  Coarse coarse_;
-#endif
+  R score_[kMost + L];  // of the judged documents
+  Buffer<Counts> counts_;
 };
 
 TORCHFAST_END_KERNELS

@@ -2,10 +2,9 @@
 //
 // The metrics depend on the ranks of the documents that are judged (target > 0) alone, and a rank is a
 // number of larger scores. Per query, the cheapest of three ways to them:
-//   count-inl.h   few judged documents: compare every document with each of them, chunk by chunk in L1, in
-//                 short rows as 16-bit numbers where that is exact
-//   sort-inl.h    many: sort all documents (radix sort); or, if only the first k ranks matter, those from the
-//                 k-th score up
+//   count-inl.h   few judged documents: compare every document with each of them, chunk by chunk in L1
+//   sort-inl.h    many: sort all documents (radix sort); or, if only the first k ranks of a long row matter,
+//                 those from the k-th score up
 // Each finds the groups of tied documents exactly; ranking/metrics.h turns these into the metrics.
 #define TORCHFAST_FILE "ranking/cpu/kernels.cpp"
 #include "simd/foreach_isa.h"

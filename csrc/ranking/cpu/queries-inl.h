@@ -90,7 +90,7 @@ class Queries {
   // only prefetch.
   TORCHFAST_INLINE void prefetch(int64_t q) const {
     int64_t n = documents_of(q), first = c_.offsets ? c_.offsets[q] : q;
-    if (n < 256 || n > kShort) return;
+    if (n < 256 || n > kChunk) return;
     for (const ranking::Elements* x : {&c_.target, &c_.preds}) {
       const char* data = x->from(first);
       for (int64_t byte = 0; byte < n * size_of(x->type); byte += 64) __builtin_prefetch(data + byte);

@@ -12,11 +12,30 @@
 
 #include "ranking/call.h"
 #include "ranking/cpu/count-inl.h"
-#include "ranking/cpu/ideal-inl.h"
 #include "ranking/cpu/ranked-inl.h"
 #include "ranking/cpu/sort-inl.h"
 
 TORCHFAST_KERNELS
+
+// Puts the largest of the gains, so many as the longest cut-off looks at, first and in descending order. Most
+// are small integers, which are counted: std::sort takes 1.5 times as long for 10 of them.
+inline void sort_gains(double* gains, int64_t n, int64_t longest) {
+  constexpr int kCounted = 256;
+  int32_t count[kCounted];
+  int cleared = 0;
+  if (n == 0 || std::count(gains, gains + n, gains[0]) == n) return;
+  for (int64_t i = 0; i < n; ++i) {
+    int gain = gains[i] >= 0 && gains[i] < kCounted ? int(gains[i]) : -1;
+    if (gain < 0 || gain != gains[i]) {
+      auto descending = [](double a, double b) { return a > b; };
+      if (longest < n) std::nth_element(gains, gains + longest, gains + n, descending);
+      return std::sort(gains, gains + std::min(longest, n), descending);
+    }
+    for (; cleared <= gain; ++cleared) count[cleared] = 0;
+    ++count[gain];
+  }
+  while (cleared-- > 0) gains = std::fill_n(gains, count[cleared], double(cleared));
+}
 
 // Values of all metrics for a query. `gains` holds those of all judged documents, and is reordered;
 // `longest` is the longest cut-off of NDCG.
@@ -24,7 +43,12 @@ template <class Ranking>
 void evaluate(const ranking::Call& c, const ranking::Query& query, const Ranking& ranked, double* gains,
               int64_t gains_count, int64_t longest, const Discounts& discounts, double* out, int64_t step) {
   using namespace ranking;
-  Ideal ideal(gains, longest > 0 ? gains_count : 0, longest);
+  if (longest > 0) sort_gains(gains, gains_count, longest);
+  auto best_dcg = [=, &discounts](int64_t k) {
+    double sum = 0;
+    for (int64_t i = 0; i < std::min(k, gains_count); ++i) sum += gains[i] * discounts(i + 1);
+    return sum;
+  };
   for (int64_t m = 0; m < c.metrics; ++m, out += step) {
     int64_t kind = c.kinds[m], k = cut_of(kind, c.ks[m], query);
     if (kind == map && c.options.map_denominator == hits) {
@@ -40,7 +64,7 @@ void evaluate(const ranking::Call& c, const ranking::Query& query, const Ranking
       case map: sum = ranked.template sum<map>(k, discounts); break;
       default: sum = ranked.template sum<precision>(k, discounts);
     }
-    *out = value_of(kind, c.ks[m], sum, kind == ndcg ? ideal.dcg(k, discounts) : 0, query, c.options);
+    *out = value_of(kind, c.ks[m], sum, kind == ndcg ? best_dcg(k) : 0, query, c.options);
   }
 }
 

@@ -25,20 +25,13 @@ using ranking::Discounts, ranking::Group;
 // What the metrics sum up to a cut-off, from groups of tied documents in any order.
 class Groups {
  public:
-  void clear() { groups_.clear(), alone_ = true; }
-  void add(const Group& group) { groups_.push_back(group), alone_ &= group.n == 1; }
+  void clear() { groups_.clear(); }
+  void add(const Group& group) { groups_.push_back(group); }
 
   template <ranking::Kind kind>
   double sum(int64_t k, const Discounts& discounts) const {
     double sum = 0;
-    if (!alone_) {
-      for (const Group& g : groups_) sum += ranking::contribution<kind>(g, k, discounts);
-      return sum;
-    }
-    for (Group g : groups_) {
-      g.n = 1;  // so that the compiler knows
-      sum += ranking::contribution<kind>(g, k, discounts);
-    }
+    for (const Group& g : groups_) sum += ranking::contribution<kind>(g, k, discounts);
     return sum;
   }
 
@@ -57,7 +50,6 @@ class Groups {
 
  private:
   std::vector<Group> groups_;
-  bool alone_ = true;  // each group is one document
 };
 
 // The same from the judged documents in order, where none is tied with any other.
@@ -160,6 +152,13 @@ class Ranked {
       return first ? judged.y[a] > judged.y[b] : judged.y[a] < judged.y[b];
     });
     for (int64_t i = 0; i < count; ++i) add_one(first ? before + i : before + n - count + i, ids[i]);
+  }
+  // Tells `untied`, when all are put, which of them are relevant; its i-th one is the judged document
+  // id_at(i).
+  template <class F>
+  void choose_relevant(const F& id_at) {
+    if (!plain)
+      untied.choose_relevant([&](int64_t i) { return ranking::is_relevant(judged.y[id_at(i)], o); });
   }
   void add_one(int64_t before, int32_t id) {
     bool relevant = ranking::is_relevant(judged.y[id], o);

@@ -11,11 +11,10 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
-#include <vector>
 
 #include "memory/parallel.h"
-#include "ranking/cpu/compare-inl.h"
 #include "ranking/cpu/ranked-inl.h"
+#include "ranking/cpu/row-inl.h"
 #include "sort/radix_sort.h"
 
 TORCHFAST_KERNELS
@@ -33,6 +32,7 @@ Key<R> to_key(R score) {
 template <class R>
 class Sorting {
   static constexpr int L = Simd<R>::lanes;
+  static constexpr int64_t kWhole = 4096;  // documents of rows that are always sorted as a whole
   using Element = Keyed<Key<R>>;
 
  public:
@@ -42,7 +42,7 @@ class Sorting {
   template <class S>
   int64_t rank(const Row<S>& row, int64_t cut, const Parts& parts) {
     int64_t numbers = -1, n = 0;
-    if (cut > 0 && cut < row.n / 8) numbers = select_top(row, cut, parts, n);
+    if (cut > 0 && row.n > kWhole && cut < row.n / 8) numbers = select_top(row, cut, n);
     if (n == 0) {
       n = row.n;
       Element* all = elements_.need(2 * n);
@@ -69,68 +69,50 @@ class Sorting {
   // Puts the documents from the cut-th score up into elements_, and their number into n: 0 where so many
   // scores above -inf do not exist. Returns how many scores are not NaN.
   template <class S>
-  int64_t select_top(const Row<S>& row, int64_t cut, const Parts& parts, int64_t& n) {
-    int64_t room = 2 * cut + kChunk;
-    R* tops = tops_.need(parts.count * room);
-    std::vector<int64_t> found(parts.count);
-    std::atomic<int64_t> numbers{0};
-    auto larger = std::greater<R>();
-    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
-      R *top = tops + part * room, least = -INFINITY;
-      int64_t count = 0;
-      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t, int64_t in_chunk) {
-        numbers += count_numbers(x, in_chunk);
-        if (count + in_chunk > room) {
-          std::nth_element(top, top + cut - 1, top + count, larger);
-          least = top[cut - 1];
-          count = cut;
-        }
-        for_each_hit(
-            x, in_chunk, least, [](auto a, auto b) { return a > b; },
-            [&](int64_t j, bool hit) {
-              top[count] = x[j];
-              count += hit;
-            });
-      });
-      found[part] = count;
+  int64_t select_top(const Row<S>& row, int64_t cut, int64_t& n) {
+    R *top = tops_.need(2 * cut + kChunk), least = -INFINITY;
+    int64_t count = 0, numbers = 0;
+    auto keep_largest = [&] {
+      std::nth_element(top, top + cut - 1, top + count, std::greater<R>());
+      count = cut, least = top[cut - 1];
+    };
+    for_each_chunk<R>(row, 0, row.n, [&](const R* x, int64_t, int64_t in_chunk) {
+      numbers += count_numbers(x, in_chunk);
+      if (count + in_chunk > 2 * cut + kChunk) keep_largest();
+      for_each_hit(
+          x, in_chunk, [&](auto a) { return a > least; },
+          [&](int64_t j, bool hit) {
+            top[count] = x[j];
+            count += hit;
+          });
     });
-    int64_t count = found[0];
-    for (int64_t part = 1; part < parts.count; count += found[part++])
-      std::copy_n(tops + part * room, found[part], tops + count);
     if (count < cut) return numbers;
-    std::nth_element(tops, tops + cut - 1, tops + count, larger);
-    R least = tops[cut - 1];
-
-    std::vector<std::vector<Element>> chosen(parts.count);
-    parts.for_each_range(row.n, kChunk, [&](int64_t part, int64_t begin, int64_t end) {
-      for_each_chunk<R>(row, begin, end, [&](const R* x, int64_t first, int64_t in_chunk) {
-        for_each_hit(
-            x, in_chunk, least, [](auto a, auto b) { return a >= b; },
-            [&](int64_t j, bool hit) {
-              if (hit) chosen[part].push_back({to_key(x[j]), Key<R>(first + j)});
-            });
-      });
+    keep_largest();
+    const Judged& judged = ranked_.judged;
+    int64_t next = 0;
+    for_each_chunk<R>(row, 0, row.n, [&](const R* x, int64_t first, int64_t in_chunk) {
+      for_each_hit(
+          x, in_chunk, [&](auto a) { return a >= least; },
+          [&](int64_t j, bool hit) {
+            if (!hit) return;
+            while (next < judged.count && judged.at[next] < first + j) ++next;
+            bool is_judged = next < judged.count && judged.at[next] == first + j;
+            elements_.need(2 * (n + 1), n)[n] = {to_key(x[j]), is_judged ? Key<R>(next + 1) : 0};
+            ++n;
+          });
     });
-    for (const auto& of_part : chosen) n += of_part.size();
-    Element* element = elements_.need(2 * n);
-    for (const auto& of_part : chosen) element = std::copy(of_part.begin(), of_part.end(), element);
-    int64_t i = 0;
-    for (element = elements_.get(); element < elements_.get() + n; ++element) {
-      while (i < ranked_.judged.count && ranked_.judged.at[i] < int64_t(element->id)) ++i;
-      element->id =
-          i < ranked_.judged.count && ranked_.judged.at[i] == int64_t(element->id) ? Key<R>(i + 1) : 0;
-    }
     return numbers;
   }
 
-  // f(j, is(x[j], score)) for all j of the vectors of which any is.
+  // f(j, is(x[j])) for all j of the vectors of which any is.
   template <class Is, class F>
-  static void for_each_hit(const R* x, int64_t n, R score, const Is& is, const F& f) {
+  static void for_each_hit(const R* x, int64_t n, const Is& is, const F& f) {
     for (int64_t j = 0; j < n; j += 4 * L) {
+      int64_t end = std::min(n, j + 4 * L);
       IntVec<R> any{};
-      for (int64_t i = j; i < std::min(n, j + 4 * L); i += L) any |= is(load<R>(x + i), splat(score));
+      for (int64_t i = j; i < end; i += L) any |= is(load<R>(x + i));
       if (lane_bits(any))
-        for (int64_t i = j; i < std::min(n, j + 4 * L); ++i) f(i, is(x[i], score));
+        for (int64_t i = j; i < end; ++i) f(i, is(x[i]));
     }
   }
 
@@ -157,9 +139,7 @@ class Sorting {
     int64_t count = find_places(sorted, n, at);
     ranked_.untied.begin(count);
     for (int64_t i = 0; i < count; ++i) ranked_.untied.put(i, at[i], ranked_.gain[sorted[at[i]].id - 1]);
-    if (!ranked_.plain)
-      ranked_.untied.choose_relevant(
-          [&](int64_t i) { return ranking::is_relevant(ranked_.judged.y[sorted[at[i]].id - 1], ranked_.o); });
+    ranked_.choose_relevant([&](int64_t i) { return sorted[at[i]].id - 1; });
   }
 
   void add_groups(const Element* sorted, int64_t n) {
