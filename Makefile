@@ -39,6 +39,8 @@ LOSSES := $(addprefix tests/losses/test_,ops.py cross_entropy.py sigmoid_focal_l
 METRICS := $(addprefix tests/metrics/test_,metric_ops.py ranking.py classification.py regression.py)
 TRITON := tests/losses/test_triton_cross_entropy.py tests/losses/test_triton_sigmoid_focal_loss.py
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist worksteal $(FULL)
+# A process takes whole files, which build what their tests share.
+LONGEST_FIRST := tests/release tests/kernels tests/losses tests torchfast
 # The instruction sets below this machine's, which the native run has tested.
 NARROWER := $(BIN)/python -c 'from torchfast._C import build_info; isas = ["baseline", "avx2", "avx512"]; \
 	print(*isas[:isas.index(build_info()["simd"])])'
@@ -49,7 +51,7 @@ check: setup lint types
 
 # Everything, and then what the kernels of each mode change: tests/conftest.py has the rule.
 test: setup lint types
-	$(PYTEST) --dist loadfile $(addprefix --ignore=,$(TRITON))
+	$(PYTEST) --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(TRITON)) $(LONGEST_FIRST)
 	for isa in $$($(NARROWER)); do TORCHFAST_ISA=$$isa $(PYTEST) $(LOSSES) $(METRICS) || exit 1; done
 	$(PYTEST) --kernel reference $(LOSSES) $(METRICS) tests/test_selftest.py
 	$(BIN)/python tests/kernels/cuda_emulator -q -n auto --dist worksteal $(FULL) -k ranking \
