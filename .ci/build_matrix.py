@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from try_torch import run
@@ -28,15 +27,13 @@ NEWEST = "newest"  # that torch accepts
 ROWS = (
     "3.10:2.10.0:65.5.0",  # the oldest of everything
     "3.11:2.11.0:65.5.0",
-    "3.12:2.11.0:newest",
     "3.12:2.12.0:newest",
-    "3.11:2.13.0:newest",
     "3.13:2.13.0:newest",
-    "3.11:2.14.1:newest",
     "3.13:2.14.1:newest",
+    "3.12:2.11.0:newest",
 )
-TITLES = ("Python", "torch", "setuptools", "build", "native ops", "selftest", "test_ops.py")
-LINE = "| {:9} | {:12} | {:10} | {:7} | {:10} | {:24} | {:20} |"
+TITLES = ("Python", "torch", "setuptools", "native ops", "selftest", "test_ops.py")
+LINE = "| {:9} | {:12} | {:10} | {:10} | {:24} | {:20} |"
 
 
 def find_python(version: str) -> Path:
@@ -63,10 +60,9 @@ def attempt(python: str, torch: str, setuptools: str) -> tuple[str, ...]:
             (source / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, source / file)
 
-        start = time.monotonic()
-        os.environ.update(TORCHFAST_BUILD="require", TORCHFAST_CUDA="0")
+        # Whether it builds and is right does not depend on the optimiser, which takes most of the time.
+        os.environ.update(TORCHFAST_BUILD="require", TORCHFAST_CUDA="0", CXXFLAGS="-O1")
         run(interpreter, "setup.py", "--quiet", "build_ext", "--inplace", cwd=source)
-        seconds = time.monotonic() - start
         info = json.loads(run(interpreter, "-m", "torchfast.info", "--json", cwd=source))
         native = [op for op, of in info["kernels"].items() if of["cpu"] == "native"]
         if not native or not isinstance(info["build"], dict):
@@ -79,7 +75,6 @@ def attempt(python: str, torch: str, setuptools: str) -> tuple[str, ...]:
             info["versions"]["python"],
             info["versions"]["torch"],
             run(interpreter, "-c", version, cwd=folder).strip(),
-            f"{seconds:.0f} s",
             f"{len(native)} of {len(info['kernels'])}",
             f"{samples} samples, {error:.2g} of 1",
             re.findall(r"^(\d+ passed.*?) in ", tests, re.M)[0],
