@@ -127,7 +127,7 @@ def assert_equal_but_for_rounding(actual, expected, what):
         assert a.shape == b.shape, what
         eps = torch.finfo(torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32).eps
         most = b.double().abs().nan_to_num(0, 0, 0).max().item() if b.numel() else 0
-        rtol = torch.finfo(a.dtype).eps if a.is_floating_point() else 0
+        rtol = torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0
         tolerance = {"rtol": rtol, "atol": ROUNDINGS * eps * max(1.0, most)}
         torch.testing.assert_close(a.double(), b.double(), **tolerance, equal_nan=True, msg=lambda m: f"{what}: {m}")
 

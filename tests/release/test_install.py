@@ -181,7 +181,8 @@ def native_wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     if _native.unavailable_reason is not None:
         pytest.skip("this build is pure Python")
     if (ROOT / "build").exists():
-        shutil.copytree(ROOT / "build", source / "build", ignore=shutil.ignore_patterns("lib*", "sanitize*"))
+        kept = shutil.ignore_patterns("lib*", "sanitize*")
+        shutil.copytree(ROOT / "build", source / "build", ignore=kept, dirs_exist_ok=True)
     wheel, log = build_wheel(source, tmp_path_factory.mktemp("native"), TORCHFAST_BUILD="require")
     assert wheel is not None, log
     return wheel
