@@ -240,7 +240,10 @@ def test_ops_called_directly_read_any_dtype_as_its_values_or_raise(device):
             actual = outputs_of(op, [changed if i == place else t for i, t in enumerate(args)])
             if isinstance(actual, Exception) or changed.is_quantized:  # these never come to the kernels of the CPU
                 continue
-            changed = in_a_dtype_that_kernels_read(changed)
+            try:
+                changed = in_a_dtype_that_kernels_read(changed)
+            except NotImplementedError:  # of bits, which torch does not read either: the op has not looked
+                changed = args[place]
             expected = outputs_of(op, [changed if i == place else t for i, t in enumerate(args)])
             what = f"{name}: {argument} in {dtype}"
             assert not isinstance(expected, Exception), f"{what}: {expected!r}"

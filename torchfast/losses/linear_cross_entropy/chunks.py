@@ -9,10 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchfast._common import MEAN, NONE, mean
+from torchfast._common import MEAN, NONE, check_logits, mean
 from torchfast.losses.linear_cross_entropy.reference import Arguments, row_losses
 
 _write_gradient = torch.ops.torchfast.cross_entropy_backward_.default
+
+
+def _checked(*arguments: Any) -> Arguments:
+    """For direct callers of the op: a gradient that is rounded to a dtype which has no sign is none."""
+    a = Arguments(*arguments)
+    for name, x in zip(("input", "linear_weight", "linear_bias"), a, strict=False):
+        if x is not None:
+            check_logits(name, x)
+    return a
 
 
 def _rows_of_chunk(rows: int, classes: int, device: torch.device) -> int:
@@ -119,7 +128,7 @@ def _inverse(divisor: Tensor) -> Tensor:
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """The loss, a scale, and the gradients that are needed, which it has not multiplied yet. It is 1, but for a mean in
     fp16: this cannot hold p / rows, so there the gradients are those of the sum."""
-    a = Arguments(*arguments)
+    a = _checked(*arguments)
     with torch.autocast(a.input.device.type, enabled=False):
         divisor = _divisor(a)
         scale = torch.ones_like(divisor)
@@ -136,7 +145,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients that are needed and that the forward did not compute, from new logits."""
-    a = Arguments(*arguments[:-4])
+    a = _checked(*arguments[:-4])
     with torch.autocast(a.input.device.type, enabled=False):
         upstream = grad_loss * _inverse(_divisor(a))
         _, *gradients = _walk(a, upstream.expand(a.input.shape[0]))
