@@ -102,7 +102,7 @@ def test_options_reach_the_kernels_of_float64_losses_in_fp64(target, kernels):
         assert not {"fp16", "bf16", "fp32", "fp64"} & {t for t in kernel.signature.values() if isinstance(t, str)}
         parts = ("fp32",) * (3 if kernel.config.dtype == torch.float64 else 1)
         options = kernel.signature["choices"]
-        assert {options.keep, options.gamma} == {parts}, f"{kernel.name} of {kernel.config}: {options}"
+        assert {options["keep"], options["gamma"]} == {parts}, f"{kernel.name} of {kernel.config}: {options}"
         seen.add(kernel.name)
     assert seen == {"forward_kernel", "backward_kernel"}
 

@@ -217,7 +217,10 @@ def compiled(config: Config) -> list[Kernel]:
     for jit, constants, grid, binary in record(config.target, lambda: call(config)):
         code = _amd(binary.asm["amdgcn"]) if "amdgcn" in binary.asm else _nvidia(binary.asm["cubin"])
         threads = constants["num_warps"] * TARGETS[config.target].warp_size
-        of = {"shared": binary.metadata.shared, "signature": binary.src.signature}
+        # Named tuples as dicts: their classes are made at run time, and have no place where pickle would find them.
+        named = binary.src.signature.items()
+        signature = {name: of._asdict() if hasattr(of, "_asdict") else of for name, of in named}
+        of = {"shared": binary.metadata.shared, "signature": signature}
         found.append(Kernel(config, jit.fn.__name__, constants, grid[0], threads, **of, **code))
     return found
 
