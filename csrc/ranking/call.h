@@ -23,13 +23,13 @@ struct Elements {
 // A call of the op; absent tensors are null.
 struct Call {
   Elements preds, target, mask;
-  Elements others;         // targets that were not retrieved, of all queries
+  Elements unretrieved;    // targets that were not retrieved, of all queries
   const int64_t* offsets;  // of flat documents, queries + 1
   const int64_t* lengths;
   const int64_t* num_relevant;
-  const int64_t* other_offsets;
-  int64_t queries, width;              // width 0 where flat
-  int64_t documents, other_documents;  // of all queries
+  const int64_t* unretrieved_offsets;
+  int64_t queries, width;                    // width 0 where flat
+  int64_t documents, unretrieved_documents;  // of all queries
   int64_t metrics;
   const int64_t *kinds, *ks;  // of each metric, in the host's memory
   Options options;

@@ -87,15 +87,15 @@ std::tuple<Tensor, Tensor> ranking_metrics(Tensor preds, Tensor target, Optional
   call.preds = elements_of(preds);
   call.target = targets(target);
   if (mask) call.mask = elements_of(*mask);
-  if (unretrieved) call.others = targets(*unretrieved);
+  if (unretrieved) call.unretrieved = targets(*unretrieved);
   call.offsets = numbers(offsets);
   call.lengths = numbers(lengths);
   call.num_relevant = numbers(num_relevant);
-  call.other_offsets = numbers(unretrieved_offsets);
+  call.unretrieved_offsets = numbers(unretrieved_offsets);
   call.queries = in.queries();
   call.width = in.flat() ? 0 : preds.size(1);
   call.documents = preds.numel();
-  call.other_documents = unretrieved ? unretrieved->numel() : 0;
+  call.unretrieved_documents = unretrieved ? unretrieved->numel() : 0;
   call.metrics = int64_t(kinds.size());
   call.kinds = kinds.data(), call.ks = ks.data();
   if (gain_table) {

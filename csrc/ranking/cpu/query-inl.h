@@ -83,25 +83,25 @@ class Ranker {
   }
   Ranker(const Ranker&) = delete;  // its parts know each other
 
-  Judged judged;  // of the query
-  Judged more;    // those that were not retrieved; at means nothing
+  Judged judged;       // of the query
+  Judged unretrieved;  // those that were not retrieved; at means nothing
 
   // Judged documents in, values of query q out. num_relevant < 0: as the targets say.
   template <class S>
   void rank(const Row<S>& row, const Parts& parts, int64_t num_relevant, int64_t q) {
     using namespace ranking;
     const Options& o = c_.options;
-    if (judged.wrong || more.wrong) return fail(q);  // such a target has no gain: no place in a table
+    if (judged.wrong || unretrieved.wrong) return fail(q);  // such a target has no gain: no place in a table
     Query query{row.n, 0, 0};
     double* gains = judged.y.get();
-    int64_t gains_count = judged.count + more.count;
+    int64_t gains_count = judged.count + unretrieved.count;
     bool gain = gains_count > 0;
-    if (ranked_.plain && more.count == 0) {
+    if (ranked_.plain && unretrieved.count == 0) {
       query.relevant = query.n_rel = judged.count;
     } else {
       gain = false;
       double* to = gains = gains_.need(gains_count);
-      for (const Judged* of : {&judged, &more})
+      for (const Judged* of : {&judged, &unretrieved})
         for (int64_t i = 0; i < of->count; ++i) {
           query.n_rel += is_relevant(of->y[i], o);
           gain |= (*to++ = gain_of(of->y[i], o)) > 0;

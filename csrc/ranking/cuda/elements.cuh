@@ -76,9 +76,9 @@ __device__ constexpr U infinity_of(Type type) {
 }
 
 struct Row {
-  const char *scores, *targets, *mask, *others;
-  int n, others_count;  // documents, padding included; judged ones that were not retrieved
-  int64_t place;        // its part of the working memory
+  const char *scores, *targets, *mask, *unretrieved;
+  int n, unretrieved_count;  // documents, padding included; judged ones that were not retrieved
+  int64_t place;             // its part of the working memory
   bool bad;
 };
 
@@ -94,31 +94,31 @@ __device__ inline Row row_of(const Call& c, int64_t q) {
     n = c.lengths[q];
   }
   row.bad |= n > INT32_MAX || (c.num_relevant && c.num_relevant[q] < 0);
-  if (c.other_offsets) {
-    int64_t begin = c.other_offsets[q], count = c.other_offsets[q + 1] - begin;
-    row.others = c.others.from(begin);
+  if (c.unretrieved_offsets) {
+    int64_t begin = c.unretrieved_offsets[q], count = c.unretrieved_offsets[q + 1] - begin;
+    row.unretrieved = c.unretrieved.from(begin);
     row.place += begin;
     row.bad |= count > INT32_MAX - n;
-    row.others_count = int(count);
+    row.unretrieved_count = int(count);
   }
   row.n = int(n);
-  if (row.bad) row.n = row.others_count = 0;
+  if (row.bad) row.n = row.unretrieved_count = 0;
   return row;
 }
 
 __device__ inline double target_of(const Call& c, const Row& row, int64_t i) {
   return element(row.targets, i * c.target.stride, c.target.type);
 }
-__device__ inline double other_target_of(const Call& c, const Row& row, int64_t i) {
-  return element(row.others, i * c.others.stride, c.others.type);
+__device__ inline double unretrieved_target_of(const Call& c, const Row& row, int64_t i) {
+  return element(row.unretrieved, i * c.unretrieved.stride, c.unretrieved.type);
 }
 
 enum class Size { warp, block, huge };
 
 __device__ inline Size size_of_query(const Call& c, int64_t q) {
   int64_t n = c.offsets ? c.offsets[q + 1] - c.offsets[q] : c.width;
-  int64_t others = c.other_offsets ? c.other_offsets[q + 1] - c.other_offsets[q] : 0;
-  return n > kHuge ? Size::huge : n + others > kWarpDocuments ? Size::block : Size::warp;
+  int64_t unretrieved = c.unretrieved_offsets ? c.unretrieved_offsets[q + 1] - c.unretrieved_offsets[q] : 0;
+  return n > kHuge ? Size::huge : n + unretrieved > kWarpDocuments ? Size::block : Size::warp;
 }
 
 }  // namespace

@@ -53,9 +53,9 @@ __device__ void find_ideals(const Team<warps>& team, const Pass& p, const Row& r
   const Call& c = p.call;
   InShared<U> shared_list(memory, p.capacity);
   uint64_t* gains = shared_list.gains();
-  int ranked = n + row.others_count, *sorted = nullptr;
+  int ranked = n + row.unretrieved_count, *sorted = nullptr;
   auto key_of_document = [&](int id) {
-    double y = id < row.n ? target_of(c, row, id) : other_target_of(c, row, id - row.n);
+    double y = id < row.n ? target_of(c, row, id) : unretrieved_target_of(c, row, id - row.n);
     return descending(gain_of(y, c.options));
   };
   auto id_at = [&](int i) { return i < n ? list.ids[i] : row.n + (i - n); };
@@ -112,7 +112,7 @@ __device__ void evaluate(const Team<warps>& team, const Pass& p, const Row& row,
   Shared<warps>& shared = team.shared;
 
   wrong = team.any(wrong);  // such a target has no gain: no place in a table
-  int relevant = 0, others_relevant = 0, positive = 0;
+  int relevant = 0, unretrieved_relevant = 0, positive = 0;
   double least = INFINITY, most = 0;
   auto count_gain = [&](double y) {
     double gain = gain_of(y, o);
@@ -126,21 +126,21 @@ __device__ void evaluate(const Team<warps>& team, const Pass& p, const Row& row,
     count_gain(y);
   }
 #pragma unroll 1
-  for (int64_t i = team.thread; i < row.others_count; i += team.size) {
-    double y = other_target_of(c, row, i);
+  for (int64_t i = team.thread; i < row.unretrieved_count; i += team.size) {
+    double y = unretrieved_target_of(c, row, i);
     if (is_target(y, o)) {
-      others_relevant += is_relevant(y, o);
+      unretrieved_relevant += is_relevant(y, o);
       count_gain(y);
     } else {
       wrong = true;
     }
   }
   relevant = team.sum(relevant);
-  others_relevant = team.sum(others_relevant);
+  unretrieved_relevant = team.sum(unretrieved_relevant);
   positive = team.sum(positive);
   least = team.reduce(least, [](double a, double b) { return fmin(a, b); });
   most = team.reduce(most, [](double a, double b) { return fmax(a, b); });
-  Query query{seen.documents, relevant, c.num_relevant ? c.num_relevant[q] : relevant + others_relevant};
+  Query query{seen.documents, relevant, c.num_relevant ? c.num_relevant[q] : relevant + unretrieved_relevant};
   bool bad = team.any(wrong) || row.bad || query.n_rel < relevant ||
              (o.nan == propagate && seen.numbers < seen.documents);
   if (bad) return fail(team, p, q);

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(32 * kWarpTeams<U>, 16 / kWarpTeams<U>)
 }
 
 template <class U>
-__global__ void __launch_bounds__(kBlock, 2) rank_long(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 2) rank_long(const __grid_constant__ Pass p) {
   auto* shared = reinterpret_cast<Shared<kBlockWarps>*>(dynamic_shared);
   Team<kBlockWarps> team(*shared);
   for (int64_t base = int64_t(blockIdx.x) * p.queries_at_once; base < p.call.queries;
@@ -137,10 +137,10 @@ __device__ void for_each_part(const Pass& p, const F& f) {
   }
 }
 
-__global__ void __launch_bounds__(kBlock, 4) find_in_slice(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 4) find_in_slice(const __grid_constant__ Pass p) {
   for_each_part(p, [&](const Row& row, Slot& slot, int begin, int end) {
     volatile int* judged = &slot.judged;
-    bool wrong = for_each_judged(p.call, row, begin, end, threadIdx.x, kBlock, [&](int i) {
+    bool wrong = for_each_judged(p.call, row, begin, end, threadIdx.x, kBlockThreads, [&](int i) {
       if (*judged > p.capacity) return;  // then the sorting block lists them itself
       int at = atomicAdd(&slot.judged, 1);
       if (at < p.capacity) p.ids[row.place + at] = i;
@@ -170,7 +170,7 @@ __device__ void load_list(const Team<kBlockWarps>& team, const Pass& p, const Ro
 }
 
 template <class U>
-__global__ void __launch_bounds__(kBlock, 4) sort_slot(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 4) sort_slot(const __grid_constant__ Pass p) {
   auto* shared = reinterpret_cast<Shared<kBlockWarps>*>(dynamic_shared);
   Team<kBlockWarps> team(*shared);
   int64_t q = query_of_slot(p);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kBlock, 4) sort_slot(const __grid_constant__ P
 }
 
 template <class U>
-__global__ void __launch_bounds__(kBlock, 4) locate_in_slice(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 4) locate_in_slice(const __grid_constant__ Pass p) {
   auto* shared = reinterpret_cast<Shared<kBlockWarps>*>(dynamic_shared);
   Team<kBlockWarps> team(*shared);
   for_each_part(p, [&](const Row& of_part, Slot& slot, int begin, int end) {
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kBlock, 4) locate_in_slice(const __grid_consta
 }
 
 template <class U>
-__global__ void __launch_bounds__(kBlock, 2) evaluate_slot(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 2) evaluate_slot(const __grid_constant__ Pass p) {
   auto* shared = reinterpret_cast<Shared<kBlockWarps>*>(dynamic_shared);
   Team<kBlockWarps> team(*shared);
   if (p.illegal && *p.illegal) {  // where rows are huge no other kernel says so

@@ -14,7 +14,7 @@ constexpr int kWarpDocuments = 256;
 constexpr int kCapacity = 2048;
 constexpr int64_t kHuge = 1 << 17;  // longer than two slices, so that a slice has parts of two at most
 constexpr int64_t kSlice = 1 << 15;
-constexpr int kBlockWarps = 8, kBlock = 32 * kBlockWarps;
+constexpr int kBlockWarps = 8, kBlockThreads = 32 * kBlockWarps;
 constexpr int kSmallGroup = 64;  // documents of one score that one thread goes through
 constexpr int kTerms = 16;       // sums that one pass over the input can carry
 constexpr int kMetrics = 16;     // metrics that one pass can return
