@@ -18,7 +18,7 @@ struct Inputs {
   int64_t queries() const { return flat() ? offsets->numel() - 1 : preds.size(0); }
 };
 
-// Memory safety for direct callers of the op; the messages for users are the public function's.
+// Keeps direct calls of the op memory-safe; users meet the public function's messages first.
 inline void check(const Inputs& in, const Options& options) {
   bool flat = in.flat();
   STD_TORCH_CHECK(in.preds.dim() == (flat ? 1 : 2), "preds must be [Q, D], or [T] with offsets");
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> ranking_metrics(Tensor preds, Tensor target, Optional
   check(in, call.options);
   STD_TORCH_CHECK(kinds.size() == ks.size(), "kinds and ks must have one element a metric");
 
-  std::vector<Tensor> kept;  // until the kernels have run, or a stream's order keeps their memory
+  std::vector<Tensor> kept;  // they live until the kernels have run, or a stream's order keeps their memory
   auto numbers = [&](const OptionalTensor& x) -> const int64_t* {
     if (!x) return nullptr;
     kept.push_back(as_contiguous(*x, ScalarType::Long));

@@ -62,8 +62,8 @@ class Queries {
       for (int64_t q = 0; q < c_.queries; ++q)
         if (is_huge(q)) worker.rank(q, Parts{threads});
     }
-    // The others block by block: a thread begins with a share of its own, side by side in memory, and then
-    // helps the next one.
+    // The others are ranked block by block: a thread begins with a share of its own, side by side in memory,
+    // and then helps the next thread.
     int64_t blocks = c_.documents / kBlockDocuments + 1, shares = std::min(blocks, threads);
     std::vector<std::atomic<int64_t>> next(shares);
     auto first_block = [=](int64_t share) { return share * blocks / shares; };
@@ -89,8 +89,8 @@ class Queries {
   int64_t documents_of(int64_t q) const { return c_.offsets ? c_.offsets[q + 1] - c_.offsets[q] : c_.width; }
 
   // The hardware prefetches page by page. Rows of about that size are asked for while the one before is
-  // ranked, a tenth faster (10000 x 1000); much shorter or longer ones are not. Inline: GCC drops calls that
-  // only prefetch.
+  // ranked, a tenth faster (10000 x 1000); much shorter or longer ones are not. It is inline because GCC
+  // drops calls that only prefetch.
   TORCHFAST_INLINE void prefetch(int64_t q) const {
     int64_t n = documents_of(q), first = c_.offsets ? c_.offsets[q] : q;
     if (n < 256 || n > kChunk) return;
@@ -100,7 +100,7 @@ class Queries {
     }
   }
 
-  // The queries that begin in a block of documents.
+  // Returns the first query that begins in a block of documents or behind it.
   int64_t first_of(int64_t block) const {
     int64_t at = block * kBlockDocuments;
     if (at > c_.documents) return c_.queries;
@@ -151,7 +151,7 @@ class Queries {
 
     const Queries& of;
     Ranker<R> ranker;
-    Buffer<S> scores;  // of the documents that the mask keeps
+    Buffer<S> scores;  // scores of the documents that the mask keeps
     Buffer<std::byte> targets;
   };
 

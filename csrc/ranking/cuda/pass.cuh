@@ -23,13 +23,13 @@ constexpr unsigned kFull = 0xffffffff;
 // A sum over the groups: of gains, reciprocal ranks, ... up to a cut-off.
 struct Term {
   int kind;   // dcg, mrr, map, hit_rate, or precision for hits
-  int64_t k;  // 0: n_rel of the query
+  int64_t k;  // 0 means the query's n_rel
 };
 
 struct Metric {
-  int kind, term, hits;  // hits: the term that counts them, of map over hits
+  int kind, term, hits;  // hits is the term that counts hits, for map over hits
   int64_t k;             // as the op takes it
-  double* values;        // of each query
+  double* values;        // one a query
 };
 
 // A query that several blocks share.
@@ -43,8 +43,8 @@ struct Pass {
   Metric metrics[kMetrics];
   int term_count, metric_count;
   int capacity;              // judged documents that a team's shared memory holds
-  int64_t queries_at_once;   // that a block looks at
-  int* illegal;              // whether offsets are no boundaries; null: there are none
+  int64_t queries_at_once;   // queries that a block looks at together
+  int* illegal;              // not 0 if offsets are no boundaries; null without offsets
   int *ids, *larger, *same;  // one element a document; null where shared memory suffices
   Slot* slots;
 };

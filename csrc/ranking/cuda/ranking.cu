@@ -23,7 +23,7 @@
 namespace torchfast::ranking {
 namespace {
 
-// The most documents that a query can have, those not retrieved included.
+// Returns the most documents that a query can have, unretrieved ones included.
 int64_t longest(const Call& c) { return (c.offsets ? c.documents : c.width) + c.unretrieved_documents; }
 
 int64_t slots_of(const Call& c) {
@@ -65,7 +65,7 @@ class Launcher {
 };
 
 int power_of_2_from(int64_t n) {
-  int power = 2;  // of keys of 8 bytes and three ints: a multiple of 8 bytes
+  int power = 2;  // so that keys of 4 or 8 bytes and three ints each fill a multiple of 8 bytes
   while (power < n) power *= 2;
   return power;
 }
@@ -98,7 +98,7 @@ void launch_pass(Pass p, Launcher& launch) {
   }
 }
 
-// The number of the term, which is added if it is new.
+// Returns the number of the term, which is added if it is new.
 int term_of(Pass& p, int kind, int64_t k) {
   for (int t = 0; t < p.term_count; ++t)
     if (p.terms[t].kind == kind && p.terms[t].k == k) return t;
