@@ -5,8 +5,8 @@
 
 namespace torchfast {
 
-// Of a library that is loaded; null: it is not, or has none. RTLD_DEFAULT does not see torch's libraries,
-// for Python loads them with RTLD_LOCAL.
+// Finds a symbol of a library that is loaded, or else of the program; null if there is none. The library must
+// be named because RTLD_DEFAULT does not see torch's: Python loads them with RTLD_LOCAL.
 inline void* find_symbol(const char* library, const char* symbol) {
   void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   return dlsym(handle ? handle : RTLD_DEFAULT, symbol);

@@ -21,7 +21,7 @@ class Curve {
   void add(N positive, N negative) { t_ += positive, f_ += negative; }
 
   void end_of_tie() {
-    // Of integers exact: twice the product of the totals is below 2^63 for 2^32 scores.
+    // Integers keep this exact: twice the product of the totals is below 2^63 for 2^32 scores.
     trapezoids_ += Wide(f_ - f_before_) * Wide(t_ + t_before_);
     double t = double(t_);
     if (t_ > t_before_) steps_ += (t - double(t_before_)) * t / (t + double(f_));
@@ -47,7 +47,7 @@ struct Sorter {
   Buffer<Key> counts;
 };
 
-// Curve k: its elements, sorted and walked.
+// Sorts the elements of curve k, and walks them.
 template <class Key>
 Area area_of(const AreaCall& a, int64_t k, const Parts& parts, Sorter<Key>& sorter) {
   int64_t n = a.scores.size(1);

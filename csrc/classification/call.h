@@ -17,10 +17,10 @@
 
 namespace torchfast::classification {
 
-// Places of `wrong`, as in counts.py.
+// These are the places of `wrong`, in the order of counts.py.
 enum Wrong { kNan, kTarget, kIds, kWeight, kProbability, kWrongs };
 
-// Weights are one a row in each call, null where there are none.
+// In each call, weight has one element a row or is null.
 struct ClassCall {
   View preds;  // scores [N, C, ...] of any strides, or ids, contiguous int64
   bool ids;
@@ -28,7 +28,7 @@ struct ClassCall {
   const double* weight;
   int64_t rows, classes;
   std::optional<int64_t> ignore_index;
-  std::vector<int64_t> ks;  // of scores alone
+  std::vector<int64_t> ks;  // one a top-k accuracy; ids have none
 };
 
 struct LabelCall {
@@ -43,7 +43,7 @@ struct LabelCall {
 struct AreaCall {
   View scores;  // [curves, N]
   const int64_t* labels;
-  bool of_classes;  // labels are [N], and curve k tells class k from the others; else they are as scores
+  bool of_classes;  // labels are [N], and curve k tells class k from the others; else [curves, N]
   const double* weight;
   std::optional<int64_t> ignore_index;
 };
@@ -60,7 +60,8 @@ struct ClassSums {
 void count_classes(const ClassCall& a, ClassSums<int64_t>& sums);
 void count_classes(const ClassCall& a, ClassSums<double>& sums);
 
-// What a chunk of rows adds up to: of each label its cells tn, fp, fn, tp; rows all right, all rows.
+// What a chunk of rows adds up to: `cells` has tn, fp, fn, tp of each label, `exact` counts the rows whose
+// labels are all right, `rows` all rows.
 template <class N>
 struct LabelSums {
   std::vector<N> cells;
@@ -74,17 +75,17 @@ LabelSums<N> count_labels(const LabelCall& a);
 
 void rank_areas(const AreaCall& a, double* areas, double* totals);
 
-// ---- kernels.cpp, of rows or elements begin .. end-1 --------------------------------------------
+// ---- kernels.cpp: each takes rows or elements begin .. end-1 ------------------------------------
 
-// The predicted classes, -1 where a score is NaN; the rank of the target among the scores, from 0, where that
-// is not null.
+// Writes the predicted classes, -1 where a score is NaN, and, if `rank` is not null, the target's rank among
+// the scores, from 0.
 void predict(const ClassCall& a, int64_t begin, int64_t end, int64_t* predicted, int64_t* rank);
 
 template <class N>
 void add_labels(const LabelCall& a, int64_t begin, int64_t end, LabelSums<N>& sums);
 
-// Elements of curve k, ready to be sorted: their keys, and as id their label, or their place where the label
-// goes to `labels`. False where one is wrong.
+// Fills in elements of curve k, ready to be sorted. Their id is their label, or, if `labels` is there to
+// take that, their place. Returns false if an element is wrong.
 enum Label : uint8_t { kNegative, kPositive, kIgnored };
 template <class Key>
 bool keys_of(const AreaCall& a, int64_t k, int64_t begin, int64_t end, Keyed<Key>* elements, uint8_t* labels);

@@ -34,9 +34,9 @@ void add_to(N* classes, int64_t c, int64_t y, int64_t p, N w) {
   if (p == y) classes[y] += w;
 }
 
-constexpr int64_t kBlock = 1024;  // rows, whose predictions are in L1
+constexpr int64_t kBlock = 1024;  // rows: their predictions stay in L1
 
-// f(first row, number of rows, their predictions) of rows begin .. end-1, in blocks.
+// Calls f(first row, number of rows, their predictions, their ranks) for rows begin .. end-1, in blocks.
 template <class F>
 void for_each_block(const ClassCall& a, int64_t begin, int64_t end, const F& f) {
   int64_t block = std::min(kBlock, end - begin);
@@ -51,8 +51,8 @@ void for_each_block(const ClassCall& a, int64_t begin, int64_t end, const F& f) 
 
 }  // namespace
 
-// Each thread counts for itself. Few classes are counted in a matrix alone: one addition a row, and the rest
-// are its sums. A matrix of many is shared by the threads.
+// Each thread counts for itself. A few classes are counted in a matrix alone, with one addition a row: the
+// other counts are its sums. The matrix of many classes is shared by the threads.
 void count_classes(const ClassCall& a, ClassSums<int64_t>& sums) {
   constexpr int64_t kFew = 256;
   int64_t c = a.classes, work = a.ids ? a.rows : a.rows * c, cells = c <= kFew ? c * c : 3 * c;

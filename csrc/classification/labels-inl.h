@@ -1,4 +1,4 @@
-// Labels by themselves: each score against the threshold.
+// Counts labels, each by itself: its score is compared with the threshold.
 #if defined(TORCHFAST_CLASSIFICATION_LABELS_INL_H) == defined(TORCHFAST_TOGGLE)
 #ifdef TORCHFAST_CLASSIFICATION_LABELS_INL_H
 #undef TORCHFAST_CLASSIFICATION_LABELS_INL_H
@@ -64,7 +64,8 @@ void label_rows(const LabelCall& a, const T* x, int64_t begin, int64_t end, Labe
   }
 }
 
-// One label, no weights, side by side in memory: without a branch, for the compiler to vectorise.
+// Counts one label without weights, side by side in memory. It has no branch, so that the compiler can
+// vectorise it.
 template <class R, class T>
 void label_run(const LabelCall& a, const T* x, int64_t begin, int64_t end, LabelSums<int64_t>& sums) {
   const int64_t* y = a.target;

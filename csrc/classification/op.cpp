@@ -9,7 +9,7 @@
 namespace torchfast::classification {
 namespace {
 
-// Memory safety for direct callers of the ops; the messages for users are the public functions'.
+// Keeps direct calls of the ops memory-safe; users meet the public functions' messages first.
 void check_sizes(const Tensor& x, const Tensor& target, const OptionalTensor& weight, int64_t rows,
                  int64_t targets) {
   STD_TORCH_CHECK(target.numel() == targets, "target has a wrong shape");
@@ -19,13 +19,13 @@ void check_sizes(const Tensor& x, const Tensor& target, const OptionalTensor& we
   STD_TORCH_CHECK(is_integer(target), "target must be of an integer dtype");
 }
 
-// To what kernels read.
+// Converts both to what the kernels read.
 void convert(Tensor& target, OptionalTensor& weight) {
   target = as_contiguous(target, ScalarType::Long);
   if (weight) weight = as_contiguous(*weight, ScalarType::Double);
 }
 
-// f(N{}), N being the type that is counted in.
+// Calls f(N{}), where N is the type that is counted in.
 template <class F>
 Tensor with_count_type(const OptionalTensor& weight, const F& f) {
   return weight ? f(double{}) : f(int64_t{});

@@ -20,10 +20,10 @@ TORCHFAST_KERNELS
 
 using classification::ClassCall;
 
-constexpr int64_t kNanRow = -1;  // as a predicted class
+constexpr int64_t kNanRow = -1;  // the predicted class of a row with a NaN
 
-// The first of the largest, or kNanRow. The second pass finds the row in L1 or L2, and stops halfway on
-// average.
+// Returns the first of the largest scores, or kNanRow. The second pass finds the row in L1 or L2, and stops
+// halfway on average.
 template <class T, class R>
 int64_t largest(const T* x, int64_t n) {
   constexpr R lowest = -std::numeric_limits<R>::infinity();
@@ -52,11 +52,11 @@ int64_t largest(const T* x, int64_t n) {
   Vec<R> most_of_all = splat(max_lanes<R>(most[0]));
   for (int64_t i = 0; i + L <= n; i += L)
     if (uint64_t bits = equal_bits(load<R>(x + i), most_of_all)) return i + std::countr_zero(bits);
-  // The last vector again, whole: its other lanes are no match.
+  // The last vector is whole, too: the lanes that it has in common with the one before do not match.
   return n - L + std::countr_zero(equal_bits(load<R>(x + n - L), most_of_all));
 }
 
-// How many classes come before class y: of equal scores the later ones.
+// Counts the classes that come before class y: larger scores, and later ones that are equal.
 template <class T, class R>
 int64_t rank_of(const T* x, int64_t n, int64_t y) {
   Vec<R> own = splat(R(to_real(x[y])));
@@ -78,7 +78,7 @@ int64_t rank_of(const T* x, int64_t n, int64_t y) {
   return rank;
 }
 
-// Scores [N, C, ...] of any strides.
+// The scores of a call, [N, C, ...] of any strides.
 template <class T, class R>
 struct Scores {
   explicit Scores(const ClassCall& a)
@@ -87,7 +87,8 @@ struct Scores {
         class_stride(a.preds.stride(1)),
         positions(a.preds, 1, {&a.preds, nullptr, nullptr}) {}
 
-  // Of positions begin .. begin + n - 1, whose targets are y: into the n elements of `to`.
+  // Writes the predictions and, if `rank` is not null, the ranks of positions begin .. begin + n - 1, whose
+  // targets are y.
   void predict(int64_t begin, int64_t n, const int64_t* y, int64_t* predicted, int64_t* rank) const {
     constexpr int L = Simd<R>::lanes;
     if (class_stride != 1 && positions.inner_stride(0) == 1 && sizeof(R) == sizeof(float)) {
@@ -113,7 +114,7 @@ struct Scores {
   }
 
  private:
-  // Neighbouring positions, a lane each.
+  // Each lane has one of the neighbouring positions.
   void predict_lanes(const T* at, int64_t* predicted) const {
     Vec<R> most = load<R>(at);
     IntVec<R> best{}, nan = most != most;

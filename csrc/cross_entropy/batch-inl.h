@@ -27,7 +27,7 @@ TORCHFAST_KERNELS
 using cross_entropy::Call, cross_entropy::Options, cross_entropy::Reduction;
 
 constexpr int64_t kChunk = 1024;     // elements of a row that stay in L1 between its two passes
-constexpr int64_t kRowClasses = 64;  // from here on a row is worth a walk of its own
+constexpr int64_t kRowClasses = 64;  // a row with at least so many is worth a walk of its own
 constexpr int64_t kTileElements = 8192;
 
 // One thread's memory: a tile, or chunks of a row.
@@ -84,7 +84,7 @@ struct Batch {
     blocks = (rows + per_block - 1) / per_block;
   }
 
-  // f(first position, number of positions, block, scratch) with scratch.target decoded.
+  // Calls f(first position, number of positions, block, scratch) for each block; scratch.target is decoded.
   template <class F>
   void for_each_block(const F& f) {
     int64_t size = by_rows ? std::min(kChunk, classes) : classes * per_block;
@@ -104,8 +104,8 @@ struct Batch {
                             std::to_string(classes - 1) + " and ignore_index");
   }
 
-  // Target classes of positions begin .. begin+n-1. Rows of sample weight 0 are ignored; so is an
-  // illegal class, once it is noted.
+  // Decodes the target classes of positions begin .. begin+n-1. Rows of sample weight 0 are ignored; so is
+  // an illegal class, once it is noted.
   void decode(int64_t begin, int64_t n, Int<R>* out) {
     if (probabilities) {
       std::fill_n(out, n, kNone);
@@ -154,7 +154,7 @@ struct Batch {
 
   // ---- Staging: strides and half precision are dealt with here, in cache
 
-  // n values from p (stride apart) as R in `buffer`, or p itself where it is that already.
+  // Gives n values from p, `stride` apart, as R in `buffer`, or p itself if they are dense and R already.
   template <class S>
   static const R* stage(const S* p, int64_t stride, int64_t n, R* buffer) {
     if (stride != 1) {
@@ -193,14 +193,15 @@ struct Batch {
     return {class_u.data() + c, probs, keep, uniform};
   }
 
-  // Where positions i .. i+n-1 of p lie: at `run`, `step` apart, or else at p + offsets.
+  // Returns where positions i .. i+n-1 of p begin if one stride walks them. Else it returns null, and they
+  // lie at p + offsets.
   template <class S>
   S* find_run(S* p, int k, int64_t i, int64_t n, int64_t* offsets) const {
     if (positions.is_run(i, n)) return p + positions.offset(i, k);
     for (int64_t j = 0; j < n; ++j) offsets[j] = positions.offset(i + j, k);
     return nullptr;
   }
-  // Those positions as [classes][width]; idle lanes 0.
+  // Stages positions i .. i+n-1 as [classes][width], with 0 in idle lanes.
   template <class S>
   void stage_tile(const S* p, int k, int64_t stride, int64_t i, int64_t n, int64_t width, R* tile,
                   int64_t* offsets) const {
@@ -254,7 +255,7 @@ struct Batch {
   const R* samples;  // sample_weight, or null
   const T* x;
   R keep, uniform;
-  std::vector<R> class_u, class_weight, own;  // see Weights::classes; w; (1-e) w a
+  std::vector<R> class_u, class_weight, own;  // Weights::classes; w; (1-e) w a
   U kind;
   bool by_rows;
   int64_t per_block, blocks;

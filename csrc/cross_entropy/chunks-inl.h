@@ -73,7 +73,7 @@ struct Sums {
   double ud = 0;    // sum of u (z - m)
 };
 
-// `ahead`: memory to prefetch meanwhile, or this pass would leave it idle.
+// Prefetches what lies at `ahead` meanwhile: memory would be idle during this pass.
 template <class R, U kind>
 Sums chunk_sums(const R* z, const Weights<R>& w, R m, int64_t n, const char* ahead) {
   Vec<R> rest[4] = {}, us[4] = {}, ud[4] = {};
@@ -116,12 +116,12 @@ FocalSums chunk_focal(const R* z, const Weights<R>& w, R m, R rest, R log1p_rest
 // What backward needs of a row besides its logits.
 template <class R>
 struct RowGradient {
-  R m, rest, log1p_rest, u_psi;  // u_psi: sum over the classes
+  R m, rest, log1p_rest, u_psi;  // u_psi is the sum over the classes
   R z_term;                      // 2 z_loss lse
   R upstream;
 };
 
-// z and g may be the same memory. The index target's own class is the caller's to correct.
+// z and g may be the same memory. The caller corrects the index target's own class.
 template <class R, U kind, bool focal>
 void chunk_gradient(const R* z, R* g, const Weights<R>& w, const RowGradient<R>& row, R gamma, int64_t n) {
   R per_exp = (row.z_term - row.u_psi) * row.upstream / (1 + row.rest);

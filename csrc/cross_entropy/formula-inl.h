@@ -49,7 +49,7 @@ TORCHFAST_INLINE Focal<R> focal_terms(Vec<R> d, Vec<R> e, Vec<R> rest, Vec<R> lo
   Vec<R> minus_log_p = log1p_rest - d;
   Vec<R> f = power<R>(one_minus_p, gamma);
   Vec<R> p_r = one_minus_p == 0 ? p : p * minus_log_p / one_minus_p;
-  p_r = p == 0 ? p : p_r;  // 0 * inf
+  p_r = p == 0 ? p : p_r;  // 0 * inf would be NaN
   return {f * minus_log_p, -f * (p_r * gamma + R(1))};
 }
 

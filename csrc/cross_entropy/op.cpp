@@ -33,7 +33,7 @@ struct Inputs {
     return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 
-  // Memory safety for direct callers of the op; the messages for users are the public function's.
+  // Keeps direct calls of the op memory-safe; users meet the public function's messages first.
   Call call() {
     STD_TORCH_CHECK(is_floating(logits), "input must be float32, bfloat16, float16 or float64");
     int64_t class_dim = logits.dim() == 1 ? 0 : 1;
@@ -58,7 +58,7 @@ struct Inputs {
             view_of(alpha),  view_of(sample_weight), options};
   }
 
-  // Probabilities in the logits' sums' dtype or half precision, class ids contiguous.
+  // Kernels read probabilities in the dtype of sums or in half precision, and class ids if contiguous.
   Tensor readable_target() const {
     auto dtype = target.scalar_type();
     if (is_integer(target)) return as_contiguous(target, dtype);

@@ -53,7 +53,7 @@ RowResult<R> forward_row(const Batch<T, R>& batch, int64_t i, Int<R> target, Scr
   constexpr R lowest = -std::numeric_limits<R>::infinity();
   const T* row = batch.x + batch.positions.offset(i, 0);
   R m = lowest, z_target = 0;
-  double ties = 0;  // elements equal to m; rest is without all of them until the end
+  double ties = 0;  // elements equal to m, none of which is in sums.rest before the end
   Sums sums;
   for (int64_t c = 0; c < batch.classes; c += kChunk) {
     int64_t n = std::min(kChunk, batch.classes - c);
@@ -69,7 +69,7 @@ RowResult<R> forward_row(const Batch<T, R>& batch, int64_t i, Int<R> target, Scr
       m = chunk;
       ties = 0;
     }
-    if (m == lowest) {  // nothing but -inf so far (or NaN): z - m is undefined, the sums are not
+    if (m == lowest) {  // all so far is -inf (or NaN): z - m is undefined, the sums are not
       for (int64_t j = 0; j < n; ++j) {
         R u = kind == U::none    ? R(0)
               : kind == U::probs ? w.classes[j] * (w.probs[j] * w.keep + w.uniform)
@@ -178,7 +178,7 @@ void backward_row(const Batch<T, R>& batch, int64_t i, Int<R> target, const R* s
     double d = own_here ? double(z[target - c]) - r.m : 0;
     chunk_gradient<R, kind, focal>(z, g, batch.weights(i, c, n, s.y.get()), r, R(o.gamma), n);
     if (own_here) {
-      double e = std::exp(d), own = r.u_psi;  // of this class alone if there is no smoothing
+      double e = std::exp(d), own = r.u_psi;  // u_psi is this class's alone if there is no smoothing
       if constexpr (kind != U::none) {
         own = -double(batch.own_u(target)) - batch.class_u[target];
         if (focal && own != 0)

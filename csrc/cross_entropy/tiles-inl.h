@@ -15,18 +15,19 @@
 
 TORCHFAST_KERNELS
 
-constexpr int kNone = -1, kIgnored = -2;  // in place of a target class: probabilities; no row
+// They stand in for a target class: the target is probabilities, or the row is ignored.
+constexpr int kNone = -1, kIgnored = -2;
 
 template <class R>
 struct Tile {
   R* z;
-  int64_t classes, width, n;  // lanes n .. width-1 idle
+  int64_t classes, width, n;  // lanes n .. width-1 are idle
   Weights<R> weights;
   const Int<R>* target;
   const R* own_u;  // (1-e) w_t a_t, or null where it is 1-e
 };
 
-// u_c of the lanes, but for the index target's own class.
+// Gives u_c of the lanes, without what the index target's own class adds.
 template <class R>
 TORCHFAST_INLINE Vec<R> tile_u(const Tile<R>& t, int64_t c, int64_t i) {
   const Weights<R>& w = t.weights;
@@ -35,7 +36,7 @@ TORCHFAST_INLINE Vec<R> tile_u(const Tile<R>& t, int64_t c, int64_t i) {
 }
 
 // Writes m, rest and sum u psi to `stats` (planes `rows` apart) and the loss to `loss` (or null).
-// dense: u has more than the index target's own class. Returns the sum of the losses.
+// `dense` says that u has more than the index target's own class. Returns the sum of the losses.
 template <class R, bool dense, bool focal>
 double tile_forward(const Tile<R>& t, R gamma, R z_loss, const R* sample, R* stats, int64_t rows,
                     R* loss_out) {

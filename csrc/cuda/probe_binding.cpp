@@ -20,7 +20,7 @@ int64_t probe(int64_t device) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchfast, m) { m.def("cuda_probe(int device) -> int"); }
-// It takes no tensor, whose device could choose among kernels.
+// The op takes no tensor, so that no device chooses among kernels.
 STABLE_TORCH_LIBRARY_IMPL(torchfast, CompositeExplicitAutograd, m) {
   m.impl("cuda_probe", TORCH_BOX(&probe));
 }

@@ -12,7 +12,7 @@ class Buffer {
  public:
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_[i]; }
-  // Room for n elements, of which the first `keep` stay as they are.
+  // Makes room for n elements, of which the first `keep` stay as they are.
   T* need(int64_t n, int64_t keep = 0) {
     if (n > size_) {
       size_ = std::max(n, size_ + size_ / 2);

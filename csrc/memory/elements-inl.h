@@ -39,7 +39,7 @@ auto with_index_type(const View& x, const F& f) {
 
 constexpr const char* kFloats = "float32, bfloat16, float16 or float64";
 
-// The same for floats.
+// Calls f with the data of floats as a pointer to their own type.
 template <class F>
 auto with_float_type(const View& x, const F& f) {
   const void* p = x.data;

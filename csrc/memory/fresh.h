@@ -12,12 +12,13 @@
 
 namespace torchfast {
 
-// 262 MB of fresh memory fault 64,000 small pages, half the time of a
-// loss and its gradient. Under transparent_hugepage=madvise (the default of many systems) huge ones must be
-// asked for. In a virtual machine whose host has taken free memory back, each of these can cost 3 ms instead
-// of 0.15, because it is the large free blocks that are given back. The first ones are often fast: each is
-// timed, and from the second slow one on small pages serve. (Waiting until a quarter is slow: 200 ms instead
-// of 125 for focal loss of 512 x 128256; never: 65 to 325. Until two of eight are: no difference.)
+// 262 MB of fresh memory fault 64,000 small pages, which takes half the time of a loss and its gradient.
+// Under transparent_hugepage=madvise (the default of many systems) huge pages must be asked for. In a virtual
+// machine whose host has taken free memory back, a huge page can cost 3 ms instead of 0.15, because it is the
+// large free blocks that are given back. The first pages are often fast: so each is timed, and from the
+// second slow one on small pages serve. (Focal loss of 512 x 128256 takes 125 ms; 200 if small pages wait
+// until a quarter is slow, 65 to 325 if they never serve. Waiting until two of eight are slow makes no
+// difference.)
 class FreshMemory {
  public:
   FreshMemory(void* data, int64_t bytes) {
@@ -32,7 +33,7 @@ class FreshMemory {
 #endif
   }
 
-  // To be told, by any thread, before it writes these bytes.
+  // Any thread must call this before it writes these bytes.
   void reach(const void* data, int64_t bytes) {
 #if defined(__linux__)
     uintptr_t from = reinterpret_cast<uintptr_t>(data), to = std::min(from + bytes, end_);

@@ -13,7 +13,7 @@ int64_t thread_count();
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*work)(const void*, int64_t, int64_t),
                   const void* context);
 
-// f(from, to) for ranges that make up begin .. end, each of `grain` and more but the last.
+// Calls f(from, to) for ranges that make up begin .. end; all but the last have `grain` elements or more.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   parallel_for(
@@ -31,7 +31,7 @@ struct Parts {
       for (int64_t part = from; part < to; ++part) f(part);
     });
   }
-  // f(part, begin, end), the boundaries at multiples of `step`.
+  // Calls f(part, begin, end) for each part; the boundaries are multiples of `step`.
   template <class F>
   void for_each_range(int64_t n, int64_t step, const F& f) const {
     int64_t each = (n / count + step) / step * step;

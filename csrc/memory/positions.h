@@ -44,7 +44,7 @@ class Positions {
     return result + i * dims_[0].stride[k];
   }
 
-  // Whether positions i .. i+n-1 lie at one constant stride.
+  // True if positions i .. i+n-1 lie at one constant stride.
   bool is_run(int64_t i, int64_t n) const {
     return dims_.size() == 1 || i % dims_.back().size + n <= dims_.back().size;
   }

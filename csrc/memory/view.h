@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define TORCHFAST_ANYWHERE __host__ __device__  // for what GPUs call, too
+#define TORCHFAST_ANYWHERE __host__ __device__  // marks what GPUs call, too
 #else
 #define TORCHFAST_ANYWHERE
 #endif
@@ -23,7 +23,7 @@ TORCHFAST_ANYWHERE constexpr int size_of(Type type) {
   return type <= Type::i32 || type == Type::f32 ? 4 : 8;
 }
 
-// Sizes and strides, which count elements, are those of the tensor that is looked at, and live as long.
+// Sizes and strides belong to the tensor that is viewed, and live as long as it does. Strides count elements.
 struct View {
   void* data = nullptr;
   Type type = Type::f32;

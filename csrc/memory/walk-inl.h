@@ -19,7 +19,7 @@
 TORCHFAST_KERNELS
 
 // The leader's dimensions from the slowest to the fastest: a dense tensor is one run in this order.
-// Expanded ones (stride 0) come first: last, they would tear every other tensor apart.
+// Expanded ones (stride 0) come first: as the last ones they would tear every other tensor apart.
 inline std::vector<int64_t> memory_order(const View& leader) {
   std::vector<int64_t> order(leader.dims);
   std::iota(order.begin(), order.end(), 0);
@@ -61,10 +61,10 @@ class Strides {
 
   bool is_dense() const { return dims_.size() == 1 && dims_[0].stride == 1; }
 
-  // f(offset, stride, count) for each run of the elements i .. i+n-1.
+  // Calls f(offset, stride, count) for each run of the elements i .. i+n-1.
   template <class F>
   TORCHFAST_INLINE void for_each_run(int64_t i, int64_t n, const F& f) const {
-    constexpr size_t kMaxDims = 64;  // of any torch tensor
+    constexpr size_t kMaxDims = 64;  // no torch tensor has more
     int64_t at[kMaxDims], offset = 0;
     size_t inner = dims_.size() - 1;
     for (size_t d = inner; d > 0; i /= dims_[d--].size) {
@@ -114,7 +114,7 @@ void gather(const From* p, int64_t stride, int64_t n, To* out) {
   else if constexpr (std::is_same_v<To, float> && (std::is_same_v<From, bf16> || std::is_same_v<From, f16>))
     convert<float>(p, out, n);
   else
-    copy(std::integral_constant<int64_t, 1>{});  // which GCC vectorises
+    copy(std::integral_constant<int64_t, 1>{});  // GCC vectorises this one
 }
 
 // A tensor that a kernel reads as elements of type To: float or double, int64_t, or uint8_t for bool.
@@ -123,7 +123,7 @@ class Operand {
  public:
   Operand(const Order& order, const View& view) : view_(view), strides_(order, view) {}
 
-  // Elements i .. i+n-1, in memory or else gathered in `buffer`.
+  // Returns elements i .. i+n-1 where they lie, or gathered in `buffer` if they are no dense run.
   const To* read(int64_t i, int64_t n, To* buffer) const {
     if (view_.type == Type::boolean) return read(view_.as<uint8_t>(), i, n, buffer);
     if constexpr (std::is_same_v<To, int64_t>)

@@ -12,7 +12,7 @@
 
 namespace torchfast::ranking {
 
-// Where the ids of n documents change; id_at(i) is ascending.
+// Finds where the ids of n documents change; id_at(i) must ascend with i.
 template <class IdAt>
 class Boundaries {
  public:
@@ -43,7 +43,7 @@ class Boundaries {
   int64_t n_;
   Parts parts_;
   IdAt id_at_;
-  std::vector<int64_t> first_;  // query that begins in a part
+  std::vector<int64_t> first_;  // the first query that begins in each part
 };
 
 // The documents by ascending id, those of the same id in their order. Key has room for the ids' differences

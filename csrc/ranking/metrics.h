@@ -7,7 +7,7 @@
 
 #ifdef __CUDACC__
 #define TORCHFAST_FORMULA __host__ __device__ inline
-#define TORCHFAST_ROLLED _Pragma("unroll 1")  // nvcc would unroll divisions, at the cost of threads
+#define TORCHFAST_ROLLED _Pragma("unroll 1")  // nvcc would unroll divisions, whose registers cost threads
 #else
 #define TORCHFAST_FORMULA inline
 #define TORCHFAST_ROLLED
@@ -25,12 +25,12 @@ enum Nan : int64_t { propagate, last };
 
 struct Options {
   int64_t ties, gain, map_denominator, precision_denominator, nan;
-  double threshold;     // relevant from here on; 0: above 0
-  const double* gains;  // of gain = table
+  double threshold;     // targets from here on are relevant; 0 means all above 0
+  const double* gains;  // the table of gain = table
   int64_t gains_size;
 };
 
-constexpr int64_t kNoCut = INT64_MAX;  // as a cut-off
+constexpr int64_t kNoCut = INT64_MAX;  // a cut-off that cuts nothing off
 
 // ---- Targets ----------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ TORCHFAST_FORMULA double gain_of(double y, const Options& o) {
   return y == whole ? ldexp(1.0, whole) - 1 : expm1(y * 0.693147180559945309);
 }
 
-// Whether a document of target 0 has no say: it is neither relevant nor has a gain.
+// True if documents of target 0 have no say: they are neither relevant nor have a gain.
 TORCHFAST_FORMULA bool zero_is_nothing(const Options& o) {
   return o.gain != table || o.gains_size == 0 || o.gains[0] == 0;
 }
@@ -60,17 +60,17 @@ TORCHFAST_FORMULA bool zero_is_nothing(const Options& o) {
 struct Group {
   int32_t before;           // documents of the query with larger scores
   int32_t n, relevant;      // documents of the group
-  int32_t relevant_before;  // those of `before`
-  double gain;              // mean
+  int32_t relevant_before;  // relevant ones of `before`
+  double gain;              // the mean of its documents
 };
 
-// How many of the group's documents are up to the cut-off.
+// Counts the group's documents up to the cut-off.
 TORCHFAST_FORMULA int64_t up_to(const Group& g, int64_t k) {
   int64_t m = k - g.before;
   return m < 0 ? 0 : m < g.n ? m : g.n;
 }
 
-// Those of a group's documents that a thread sums over: the first, and the step to the next.
+// The documents of a group that a thread sums over: the first, and the step to the next.
 struct Share {
   int64_t first = 0, step = 1;
 };
@@ -104,7 +104,7 @@ TORCHFAST_FORMULA double hits_among(const Group& g, int64_t m) {
 
 struct FirstHit {
   double reciprocal;   // expected 1 / rank of the first relevant document; 0 if it is not among the m
-  double probability;  // that it is
+  double probability;  // that one of the m is relevant
 };
 
 TORCHFAST_FORMULA FirstHit first_hit(const Group& g, int64_t m) {
@@ -123,7 +123,7 @@ TORCHFAST_FORMULA FirstHit first_hit(const Group& g, int64_t m) {
 }
 
 // E[sum of the precisions / hits], both up to a cut-off that leaves m < n documents of the group;
-// `sum` is that of the groups before. See reference.py, precisions_over_hits.
+// `sum` has the precisions of the groups before. See reference.py, precisions_over_hits.
 TORCHFAST_FORMULA double precisions_over_hits(const Group& g, int64_t m, double sum) {
   double c0 = 0, c1 = 0;
   TORCHFAST_ROLLED
@@ -156,7 +156,7 @@ TORCHFAST_FORMULA double precisions_over_hits(const Group& g, int64_t m, double 
   return mixed / mass;
 }
 
-// What the metric sums over the groups; hits for the kinds not named.
+// What the metric sums over the groups; kinds that are not named here count hits.
 template <Kind kind, class Discount>
 TORCHFAST_FORMULA double contribution(const Group& g, int64_t k, const Discount& discount) {
   int64_t m = up_to(g, k);
@@ -168,9 +168,9 @@ TORCHFAST_FORMULA double contribution(const Group& g, int64_t k, const Discount&
   return hits_among(g, m);
 }
 
-// Of a query.
+// What the value of a metric needs of a query besides the sum.
 struct Query {
-  int64_t documents, relevant;  // retrieved
+  int64_t documents, relevant;  // retrieved ones
   int64_t n_rel;
 };
 
@@ -179,8 +179,8 @@ TORCHFAST_FORMULA int64_t cut_of(int64_t kind, int64_t k, const Query& query) {
   return kind == r_precision ? query.n_rel : k > 0 ? k : kNoCut;
 }
 
-// The metric's value from the sum of its contributions; but for map over hits, where the cut-off parts
-// a group. `ideal` is the best dcg@k; where it overflows, ndcg is NaN.
+// The value of every metric but map over hits, from the sum of its contributions. `ideal` is the best dcg@k;
+// where it overflows, ndcg is NaN.
 TORCHFAST_FORMULA double value_of(int64_t kind, int64_t k, double sum, double ideal, const Query& query,
                                   const Options& o) {
   double divisor = double(query.n_rel);

@@ -18,7 +18,7 @@ struct Inputs {
   int64_t queries() const { return flat() ? offsets->numel() - 1 : preds.size(0); }
 };
 
-// Memory safety for direct callers of the op; the messages for users are the public function's.
+// Keeps direct calls of the op memory-safe; users meet the public function's messages first.
 inline void check(const Inputs& in, const Options& options) {
   bool flat = in.flat();
   STD_TORCH_CHECK(in.preds.dim() == (flat ? 1 : 2), "preds must be [Q, D], or [T] with offsets");
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> ranking_metrics(Tensor preds, Tensor target, Optional
   check(in, call.options);
   STD_TORCH_CHECK(kinds.size() == ks.size(), "kinds and ks must have one element a metric");
 
-  std::vector<Tensor> kept;  // until the kernels have run, or a stream's order keeps their memory
+  std::vector<Tensor> kept;  // they live until the kernels have run, or a stream's order keeps their memory
   auto numbers = [&](const OptionalTensor& x) -> const int64_t* {
     if (!x) return nullptr;
     kept.push_back(as_contiguous(*x, ScalarType::Long));
@@ -87,15 +87,15 @@ std::tuple<Tensor, Tensor> ranking_metrics(Tensor preds, Tensor target, Optional
   call.preds = elements_of(preds);
   call.target = targets(target);
   if (mask) call.mask = elements_of(*mask);
-  if (unretrieved) call.others = targets(*unretrieved);
+  if (unretrieved) call.unretrieved = targets(*unretrieved);
   call.offsets = numbers(offsets);
   call.lengths = numbers(lengths);
   call.num_relevant = numbers(num_relevant);
-  call.other_offsets = numbers(unretrieved_offsets);
+  call.unretrieved_offsets = numbers(unretrieved_offsets);
   call.queries = in.queries();
   call.width = in.flat() ? 0 : preds.size(1);
   call.documents = preds.numel();
-  call.other_documents = unretrieved ? unretrieved->numel() : 0;
+  call.unretrieved_documents = unretrieved ? unretrieved->numel() : 0;
   call.metrics = int64_t(kinds.size());
   call.kinds = kinds.data(), call.ks = ks.data();
   if (gain_table) {

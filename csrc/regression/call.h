@@ -10,7 +10,7 @@ namespace torchfast::regression {
 
 constexpr int64_t kChunk = 1024;  // samples: three rows of doubles are 24 KB
 
-// Of one output, as in functional.py; the rest is what rounding the mean has left.
+// The sums of one output, as functional.py describes them; `rest` is what rounding the mean has left.
 struct Moments {
   double samples = 0, weight = 0, absolute = 0, squared = 0, mean = 0, rest = 0, scatter = 0;
 
@@ -33,7 +33,7 @@ struct Column {
   int64_t offset, stride;
 };
 
-// Of samples begin .. begin+n-1, at most kChunk; weight may be null.
+// Sums up samples begin .. begin+n-1, at most kChunk of them; weight may be null.
 Moments moments(const Column& preds, const Column& target, const double* weight, int64_t begin, int64_t n);
 
 }  // namespace torchfast::regression

@@ -48,7 +48,7 @@ Moments chunk_moments(const Column& preds, const Column& target, const double* w
       double given = weight[begin + i];
       w[i] = given >= 0 ? given : NAN;
       m.samples += given != 0;
-      if (given == 0) p[i] = y[i] = 0;  // as if it were not there, even if NaN
+      if (given == 0) p[i] = y[i] = 0;  // a sample of weight 0 does not count, even if it is NaN
     }
     m.weight = sum_of(n, [&](int64_t i, auto c) { return load_n<double>(w + i, c); });
   } else {

@@ -18,7 +18,7 @@ struct Options {
   bool empty_zero;
 };
 
-// All views have the logits' shape, of any strides; those that are false are absent.
+// All views have the logits' shape and any strides; an absent one converts to false.
 struct Call {
   View logits;
   View target;  // floats, bool or integers; or class ids, which lack the last dimension
@@ -34,11 +34,12 @@ struct Total {
   int64_t counted = 0;  // elements that are neither masked nor ignored
 };
 
-// Also writes each loss where `each_loss`, which is dense, is there: float, or double for double logits.
+// Sums up the losses, and writes each to `each_loss`, if that is given: dense, of float, or of double for
+// double logits.
 Total forward(const Call& call, const View& each_loss);
 
-// Writes the gradient, dense and of the logits' dtype: factor times that of each loss, times its own
-// upstream gradient where `upstream` is there.
+// Writes the gradient, dense and of the logits' dtype: that of each loss times `factor`, and times the loss's
+// own upstream gradient if `upstream` is given.
 void backward(const Call& call, double factor, const View& upstream, const View& gradient);
 
 }  // namespace torchfast::sigmoid_focal_loss

@@ -17,21 +17,21 @@ TORCHFAST_KERNELS
 
 using sigmoid_focal_loss::Options;
 
-// The first half of the digits: products of two such halves are exact.
+// Keeps the first half of the digits: products of two such halves are exact.
 template <class R>
 TORCHFAST_INLINE Vec<R> leading_digits(Vec<R> x) {
   constexpr Int<R> rest = (Int<R>(1) << (sizeof(R) == 4 ? 12 : 27)) - 1;
   return bit_cast<Vec<R>>(bit_cast<IntVec<R>>(x) & ~rest);
 }
 
-// factor * value, but 0 for a factor of 0, whatever the value.
+// Multiplies; a factor of 0 gives 0 even where the value is inf or NaN.
 template <class R>
 TORCHFAST_INLINE Vec<R> times(Vec<R> factor, Vec<R> value) {
   return factor == 0 ? splat<R>(0) : factor * value;
 }
 
-// x^g of 0 <= x <= 1, where x = exp(-(a + b)): powers other than the usual ones go through this
-// logarithm, which is exact where x itself has underflowed.
+// x^g for 0 <= x <= 1, where x = exp(-(a + b)). Powers other than the usual ones are made from a + b, which
+// is exact where x itself has underflowed.
 template <class R>
 struct Power {
   explicit Power(double gamma)
@@ -46,7 +46,7 @@ struct Power {
     if (integer == 4) return (x * x) * (x * x);
     if (integer == 3) return x * x * x;
     if (integer == 0) return splat<R>(1);
-    a = a > R(1e6) ? splat(R(1e6)) : a;  // what is multiplied by this power is 0 there, and inf - inf NaN
+    a = a > R(1e6) ? splat(R(1e6)) : a;  // the factor beside this power is 0 there; inf - inf would be NaN
     Vec<R> a_high = leading_digits<R>(a), a_low = a - a_high;
     return exp_nonpositive(a_high * -high, -(a_low * high + a * low + b * g));
   }
@@ -58,7 +58,7 @@ struct Power {
 // Which parts of the formula a kernel has. With one exponent for both sides they are mirror images.
 enum class Mode { bce, focal, asymmetric };
 
-constexpr double kLeastClip = 1e-30;  // less is nothing, and p - clip could be subnormal
+constexpr double kLeastClip = 1e-30;  // a smaller clip counts as none, for p - clip could be subnormal
 
 // A and B of the formula are linear in the target: A = y a1 + a0, B = (1 - y) b1 + b0.
 template <class R>
@@ -89,7 +89,7 @@ struct Sides {
     return {large, e * large, log1p_unit(e), splat<R>(0), a};
   }
   TORCHFAST_INLINE Sides mirrored() const { return {q, p, near, plus, minus}; }
-  // Those of -z where `negative`.
+  // Gives the sides of -z where `negative`.
   TORCHFAST_INLINE Sides mirrored(IntVec<R> negative) const {
     return {negative ? q : p, negative ? p : q, near, negative ? plus : minus, negative ? minus : plus};
   }
@@ -101,7 +101,7 @@ TORCHFAST_INLINE Vec<R> magnitude(Vec<R> z) {
   return bit_cast<Vec<R>>(bit_cast<IntVec<R>>(z) & std::numeric_limits<Int<R>>::max());
 }
 
-// p^g (-log q): the loss of a negative whose probability is p. A positive's is that of -z.
+// p^g (-log q): the loss of a negative whose probability is p. A positive has the loss of a negative at -z.
 template <Mode mode, class R>
 TORCHFAST_INLINE Vec<R> side_loss(const Sides<R>& s, const Power<R>& gamma) {
   if constexpr (mode == Mode::bce) return s.near + s.plus;
@@ -114,13 +114,13 @@ TORCHFAST_INLINE Vec<R> side_slope(const Sides<R>& s, const Power<R>& gamma) {
   return gamma(s.p, s.minus, s.near) * (s.p + s.q * (s.near + s.plus) * gamma.g);
 }
 
-// The same with p_m = p - clip, and 0 where that is not positive.
+// The loss of a negative, and its slope, with p_m = p - clip in place of p; 0 where p_m is not positive.
 template <class R>
 struct Clipped {
   TORCHFAST_INLINE Clipped(const Sides<R>& s, const Power<R>& gamma, R clip)
       : p_q(s.p * s.q), p_m(s.p - clip), rest(s.q + clip), g(gamma.g) {
-    // 1 - p_m keeps the digits of q, and its logarithm those of p_m: u is rounded, `lost` is what it
-    // lost, and the polynomial is 1 / u closely enough for that.
+    // 1 - p_m keeps the digits of q, and its logarithm those of p_m: `lost` is what rounding u has lost, and
+    // the polynomial is close enough to 1 / u for it.
     Vec<R> u = p_m < R(0.5) ? R(1) - p_m : rest, lost = p_m < R(0.5) ? (R(1) - u) - p_m : splat<R>(0);
     minus_log = -(log_positive(u) + lost * ((p_m * R(2) + R(1)) * p_m + R(1)));
     if (gamma.integer < 0) {
@@ -152,8 +152,8 @@ TORCHFAST_INLINE Vec<R> negative_slope(const Sides<R>& s, const Formula<R>& k) {
   return side_slope<mode>(s, k.negative);
 }
 
-// What multiplies the sides. A soft target has both A and B of the formula. A hard one, 0 or 1, has one
-// of them, and the side of z or of -z.
+// What multiplies the sides. A soft target has both A and B of the formula. A hard one, 0 or 1, has one of
+// them, and takes the side of z or of -z.
 template <class R>
 struct Soft {
   Vec<R> a, b;

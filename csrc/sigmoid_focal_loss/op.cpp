@@ -41,7 +41,7 @@ struct Inputs {
     return read ? values : torch::stable::to(values, real());
   }
 
-  // Memory safety for direct callers of the op; the messages for users are the public function's.
+  // Keeps direct calls of the op memory-safe; users meet the public function's messages first.
   Call call() {
     STD_TORCH_CHECK(is_floating(logits), "input must be float32, bfloat16, float16 or float64");
     int64_t dims = logits.dim();
@@ -65,7 +65,7 @@ struct Inputs {
   Options options;
 };
 
-// The one element of a tensor of dtype Inputs::real().
+// Reads the one element of a tensor of dtype Inputs::real().
 double read(const Tensor& x) {
   View view = view_of(x);
   return view.type == Type::f64 ? *view.as<double>() : *view.as<float>();

@@ -30,11 +30,11 @@ TORCHFAST_KERNELS
 using sigmoid_focal_loss::Call, sigmoid_focal_loss::Total;
 
 constexpr int64_t kTile = 1024;    // elements that stay in L1 between gathering and use
-constexpr int64_t kBlock = 16384;  // elements whose losses are one term of the sum, whatever the threads
+constexpr int64_t kBlock = 16384;  // their losses are one term of the sum, however many threads there are
 
 // ---- A tile ----------------------------------------------------------------------------------
 
-// What a kernel reads of a tile; null pointers are not there.
+// What a kernel reads of a tile; absent operands are null.
 template <class R>
 struct Tile {
   const R *z, *y, *weight, *pos_weight, *upstream;
@@ -81,7 +81,7 @@ void tile_backward(const Tile<R>& t, const Formula<R>& k, int64_t n, R* out) {
   });
 }
 
-// f(mode, hard, weighted). Double precision is for checking, not for speed: it has one kernel a mode.
+// Calls f(mode, hard, weighted). Double precision is for checking, not for speed: it has one kernel a mode.
 template <class R, class F>
 void with_kernel(const Tile<R>& t, const Formula<R>& k, bool hard, const F& f) {
   constexpr bool fast = std::is_same_v<R, float>;
@@ -144,7 +144,7 @@ class Tiles {
     if (upstream) upstream_.emplace(order_, upstream);
   }
 
-  // f(first element, number of elements, block, scratch) for each tile, over threads.
+  // Calls f(first element, number of elements, block, scratch) for each tile, over threads.
   template <class F>
   void for_each(const F& f) {
     parallel_for(0, blocks, kGrainElements / kBlock, [&](int64_t from, int64_t to) {
@@ -181,11 +181,11 @@ class Tiles {
  private:
   enum class Form { values, integers, class_ids };  // values: floats or bool
 
-  // ---- Integer targets become s.y, and s.counts unless the result is true: all of the tile count
+  // ---- Integer targets become s.y. Returns true if all of the tile count; else s.counts says which do
 
   bool skipped(int64_t id) const { return id == call_.options.ignore_index || id < lowest_ || id > highest_; }
 
-  // Elements begin .. end-1 do not count; if that is for neither of the good reasons, it is an error.
+  // Leaves out elements begin .. end-1: an error unless id is ignore_index or all of them are masked.
   void skip(int64_t id, const uint8_t* mask, int64_t begin, int64_t end, Scratch<R>& s) {
     std::fill(s.counts + begin, s.counts + end, R(0));
     auto is_set = [](uint8_t bit) { return bit != 0; };
@@ -207,13 +207,13 @@ class Tiles {
     return false;
   }
 
-  // The one-hot matrix of class ids. Rows lie one after the other: each is zeros but for one element.
+  // Writes the one-hot matrix of class ids. Rows lie one after the other, and one element of each is not 0.
   bool one_hot_rows(const uint8_t* mask, int64_t i, int64_t n, Scratch<R>& s) {
     int64_t classes = highest_ + 1, row = i / classes, rows = (i + n - 1) / classes - row + 1;
     const int64_t* ids = ids_->read(row, rows, s.ids);
     bool all_count = !mask;
     std::fill(s.y, s.y + n, R(0));
-    for (int64_t begin = row * classes - i; begin < n; begin += classes) {  // of a row, in the tile
+    for (int64_t begin = row * classes - i; begin < n; begin += classes) {  // relative to the tile
       int64_t id = *ids++;
       if (!skipped(id)) {
         if (uint64_t(begin + id) < uint64_t(n) && id >= 0) s.y[begin + id] = R(1);
@@ -226,7 +226,7 @@ class Tiles {
     return all_count;
   }
 
-  // The same where the classes of a row are not adjacent.
+  // Writes the one-hot matrix where the classes of a row are not adjacent.
   bool one_hot(const uint8_t* mask, int64_t i, int64_t n, Scratch<R>& s) {
     const int64_t* ids = ids_->read(i, n, s.ids);
     int64_t* to = s.classes;
@@ -241,7 +241,7 @@ class Tiles {
     return false;
   }
 
-  // The first in the order of the elements, not in that of the memory or of the threads.
+  // Names the first bad target in the order of the elements, not in that of the memory or of the threads.
   void throw_first_bad() const {
     std::vector<int64_t> dims(call_.logits.dims);
     std::iota(dims.begin(), dims.end(), 0);
@@ -264,15 +264,15 @@ class Tiles {
   }
 
   const Call& call_;
-  Order order_, rows_;  // rows_: without the classes, if those of a row are adjacent
+  Order order_, rows_;  // rows_ lacks the classes if those of a row are adjacent
   Operand<R> z_;
   Form form_;
   bool hard_;
-  int64_t lowest_ = 0, highest_ = 1;  // integer that is allowed
+  int64_t lowest_ = 0, highest_ = 1;  // integers that are allowed
   std::optional<Operand<R>> y_, weight_, pos_weight_, upstream_;
   std::optional<Operand<int64_t>> ids_;
   std::optional<Operand<uint8_t>> mask_;
-  std::optional<Strides> classes_;  // the class of an element, as if it were an offset
+  std::optional<Strides> classes_;  // gives an element's class, as if that were an offset
   std::atomic<bool> bad_{false};
 };
 

@@ -53,7 +53,7 @@
 #define TORCHFAST_BEGIN_ISA
 #define TORCHFAST_END_ISA
 
-// f of the namespace of this machine's instruction set.
+// Picks f from the namespace of this machine's instruction set.
 #define TORCHFAST_DISPATCH(f) (isa() == Isa::avx512 ? avx512::f : isa() == Isa::avx2 ? avx2::f : baseline::f)
 #else
 #define TORCHFAST_DISPATCH(f) baseline::f

@@ -13,7 +13,7 @@
 
 TORCHFAST_KERNELS
 
-// Below it exp() is no normal number.
+// exp() of anything less is no normal number.
 template <class R>
 constexpr R kLeastExponent = std::is_same_v<R, float> ? R(-87.3365) : R(-708.39);
 
@@ -62,7 +62,8 @@ TORCHFAST_INLINE Vec<double> exp_nonpositive(Vec<double> x, auto... low) {
 
 // log(x) for normal x > 0 (Cephes logf), at most 0.9 ulp.
 TORCHFAST_INLINE Vec<float> log_positive(Vec<float> x) {
-  // Mantissa in [sqrt(1/2), sqrt(2)): 0x3f3504f3 is sqrt(1/2). Unsigned, for lanes that are not positive.
+  // Mantissa in [sqrt(1/2), sqrt(2)): 0x3f3504f3 is sqrt(1/2). It is unsigned for the sake of lanes
+  // that are not positive.
   IntVec<float> shifted = bit_cast<IntVec<float>>(bit_cast<WordBits>(x) - 0x3f3504f3u);
   Vec<float> e = __builtin_convertvector(shifted >> 23, Vec<float>);
   Vec<float> f = bit_cast<Vec<float>>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
@@ -99,7 +100,7 @@ TORCHFAST_INLINE Vec<float> log1p_unit(Vec<float> x) {
   return (q4 * x4 + q0) * x2 + x;
 }
 
-// At most 1.6 ulp.
+// tanh(x), at most 1.6 ulp.
 TORCHFAST_INLINE Vec<float> tanh(Vec<float> x) {
   Vec<float> a = x < 0 ? -x : x;
   Vec<float> x2 = x * x;

@@ -62,7 +62,7 @@ TORCHFAST_INLINE To bit_cast(const From& from) {
 
 template <class R>
 TORCHFAST_INLINE Vec<R> splat(R value) {
-  return value - Vec<R>{};  // a broadcast; 0 + value is an addition, for the sake of -0.0
+  return value - Vec<R>{};  // a broadcast; 0 + value would be an addition, for the sake of -0.0
 }
 
 // ---- Conversions: half precision is widened and rounded (to nearest even) in registers --------
@@ -74,11 +74,11 @@ TORCHFAST_INLINE Vec<R> load(const R* p) {
   return v;
 }
 
-// The same bit arithmetic on one word and on a vector of them; F is the float(s) of W's size.
+// This bit arithmetic serves one word and a vector of words; F is the float or floats of W's size.
 template <class F, class W>
 TORCHFAST_INLINE F from_f16(W w) {
   W magnitude = (w & 0x7fff) << 13;
-  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; inf and NaN by hand.
+  // 2^112 moves the exponent's bias from 15 to 127, subnormals included, but not that of inf and NaN.
   W finite = bit_cast<W>(bit_cast<F>(magnitude) * 0x1p112f);
   return bit_cast<F>((magnitude >= (0x7c00u << 13) ? magnitude | (0xffu << 23) : finite) | (w & 0x8000)
                                                                                                << 16);
@@ -91,7 +91,7 @@ TORCHFAST_INLINE W to_f16(F v) {
   W normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
   W subnormal = bit_cast<W>(bit_cast<F>(magnitude) + 0.5f) - (126u << 23);
   W h = magnitude < (113u << 23) ? subnormal : normal;
-  h = magnitude >= 0x477ff000 ? W{} + 0x7c00 : h;  // 65520 and more, inf
+  h = magnitude >= 0x477ff000 ? W{} + 0x7c00 : h;  // 65520 and more become inf
   h = magnitude > 0x7f800000 ? W{} + 0x7e00 : h;
   return h | (w & 0x80000000) >> 16;
 }
@@ -160,7 +160,7 @@ TORCHFAST_INLINE void store_first(T* p, Vec<R> v, int64_t n) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
-// body(index, accumulator, count) over n elements, `unroll` vectors a step, each with an accumulator of
+// Calls body(index, accumulator, count) over n elements, `unroll` vectors a step, each with an accumulator of
 // its own. `count` is a compile-time constant but for the partial vector at the end.
 template <class R, int unroll = 4, class Body>
 TORCHFAST_INLINE void for_each_vec(int64_t n, const Body& body) {
@@ -194,7 +194,7 @@ TORCHFAST_INLINE void store_n(T* p, Vec<R> v, Count n) {
     store(p, v);
 }
 
-// v where the lane holds an element, `other` in the idle lanes of a partial vector.
+// Keeps v where the lane holds an element, and puts `other` into the idle lanes of a partial vector.
 template <class R, class Count>
 TORCHFAST_INLINE Vec<R> only_n(Vec<R> v, Count n, R other) {
   if constexpr (std::is_same_v<Count, int64_t>)
@@ -230,7 +230,7 @@ TORCHFAST_INLINE R max_lanes(Vec<R> v) {
 
 // ---- Comparisons: counted, or as bits of an integer -------------------------------------------
 
-// Adds 1 where the condition holds. Of doubles it is a vector of long or long long: compilers differ.
+// Adds 1 where the condition holds. For doubles that is a vector of long or long long: compilers differ.
 template <class I, class Condition>
 TORCHFAST_INLINE void count_if(I& counts, Condition condition) {
 #if TORCHFAST_VECTOR_BYTES == 64
@@ -240,7 +240,7 @@ TORCHFAST_INLINE void count_if(I& counts, Condition condition) {
 #endif
 }
 
-// Bit i is the i-th lane's, of a vector of integers 0 and -1.
+// Bit i tells if lane i is -1; all lanes must be 0 or -1.
 template <class I>
 TORCHFAST_INLINE uint64_t lane_bits(I condition) {
   constexpr int size = sizeof(condition[0]);
@@ -268,7 +268,7 @@ TORCHFAST_INLINE uint64_t lane_bits(I condition) {
 #endif
 }
 
-// Of a vector of any integers, those that are not 0.
+// Bit i tells if lane i, which may be any integer, is not 0.
 template <class I>
 TORCHFAST_INLINE uint64_t nonzero_bits(I v) {
 #if TORCHFAST_VECTOR_BYTES == 64
@@ -282,7 +282,7 @@ TORCHFAST_INLINE uint64_t nonzero_bits(I v) {
 #endif
 }
 
-// Lanes where a > b, and where a == b: lane_bits without a detour by a vector where there is a way.
+// The bits of lanes where a > b, or where a == b: in one instruction where there is one, else by lane_bits.
 TORCHFAST_INLINE uint64_t larger_bits(Vec<float> a, Vec<float> b) {
 #if TORCHFAST_VECTOR_BYTES == 64
   return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
@@ -312,7 +312,7 @@ TORCHFAST_INLINE uint64_t equal_bits(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Half precision (or R itself) to R, or back.
+// Converts half precision (or R itself) to R, or back.
 template <class R, class From, class To>
 void convert(const From* x, To* y, int64_t n) {
   for_each_vec<R>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {

@@ -12,7 +12,7 @@
 
 namespace torchfast {
 
-// The bits of a score as an unsigned integer of the opposite order; of both zeros the same.
+// Maps scores to unsigned integers of the opposite order, and both zeros to the same one.
 inline uint32_t descending(float score) {
   auto bits = std::bit_cast<uint32_t>(score + 0.0f);
   return bits >> 31 ? bits : ~bits & 0x7fffffff;
@@ -32,7 +32,7 @@ struct Keyed {
 template <class Key>
 Keyed<Key>* sort_by_bits(Keyed<Key>* a, Keyed<Key>* b, int64_t n, int low, int bits, const Parts& parts,
                          Buffer<Key>& counts) {
-  constexpr int kDigit = 12;  // counters that fit in L1
+  constexpr int kDigit = 12;  // bits, whose counters fit in L1
   int passes = (bits + kDigit - 1) / kDigit, digit = (bits + passes - 1) / passes;
   int64_t values = int64_t{1} << digit;
   counts.need(parts.count * values);
@@ -57,7 +57,7 @@ Keyed<Key>* sort_by_bits(Keyed<Key>* a, Keyed<Key>* b, int64_t n, int low, int b
   return a;
 }
 
-// Sorts what is nearly sorted already; false where it is not, and sorting stopped.
+// Sorts what is nearly sorted already. Returns false if it is not, and sorting stopped.
 template <class Key>
 bool sort_by_insertion(Keyed<Key>* a, int64_t n) {
   int64_t moves = 4 * n;

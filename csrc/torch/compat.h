@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-// Of 2.13 and newer, whose error has the text of the failed call; those before have the one without it.
+// Torch 2.13 brought this macro, whose error quotes the failed call; older ones have one that does not.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif

@@ -1,4 +1,4 @@
-// memory/parallel.h by torch's threads.
+// Implements memory/parallel.h with torch's threads.
 #include "memory/parallel.h"
 
 #include "torch/compat.h"

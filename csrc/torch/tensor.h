@@ -15,7 +15,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Of the dtypes that kernels read; torch has many others, and more with each release.
+// Knows the dtypes that kernels read: torch has many others, and more with each release.
 inline std::optional<Type> type_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Bool: return Type::boolean;
@@ -51,7 +51,7 @@ inline View view_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), *type, x.dim(), x.numel(), sizes.data(), strides.data()};
 }
 inline View view_of(const OptionalTensor& x) { return x ? view_of(*x) : View{}; }
-// Of a tensor that the kernel writes to.
+// Views a tensor that the kernel writes to.
 inline View output_of(Tensor& x) {
   View view = view_of(x);
   view.data = x.mutable_data_ptr();
@@ -63,8 +63,9 @@ inline Tensor as_contiguous(const Tensor& x, ScalarType dtype) {
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
-// Contiguous, on the device of `like`. torch::stable::new_empty, which looks the operator up by its name each
-// time and calls it with boxed arguments, took a sixth of a small call whose code had left the caches.
+// Makes a contiguous tensor on the device of `like`. torch::stable::new_empty, which looks the operator up by
+// its name each time and calls it with boxed arguments, took a sixth of a small call whose code had left the
+// caches.
 inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                         ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
@@ -79,7 +80,7 @@ inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArra
   return Tensor(made);
 }
 
-// Of the tensor's shape, layout and device.
+// Makes a tensor of the given one's shape, layout and device.
 inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   std::array<StableIValue, 6> stack{};
   stack[0] = torch::stable::detail::from(tensor);

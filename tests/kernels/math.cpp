@@ -17,7 +17,7 @@
 template <class R>
 using Wide = std::conditional_t<std::is_same_v<R, float>, double, long double>;
 
-// Of the subnormals the unit is that of the least normal number.
+// Subnormals have the unit of the least normal number.
 template <class R>
 double ulps(R got, Wide<R> exact) {
   if (std::isnan(exact)) return std::isnan(got) ? 0 : INFINITY;
@@ -35,7 +35,7 @@ TORCHFAST_KERNELS
 template <class R>
 using Bits = std::conditional_t<std::is_same_v<R, float>, uint32_t, uint64_t>;
 
-// f at `least`, `most` and about `samples` numbers between them (both of one sign, the smaller magnitude
+// Checks f at `least`, `most` and about `samples` numbers between them (both of one sign, the smaller magnitude
 // first), evenly spread over the bit patterns, thus over each binade.
 template <class R, class F, class Exact>
 void check_within(const char* name, double bound, R least, R most, int samples, const F& f,
@@ -86,7 +86,7 @@ void check_all(int samples, double exp_bound, double log_bound, double log1p_bou
   auto exp = [](Vec<R> x) { return exp_nonpositive(x); };
   check_within<R>("exp", exp_bound, R(-0.0), kLeastExponent<R>, samples, exp,
                   [](W x) { return std::exp(x); });
-  // x + low, where the low part is half a unit of x and would be lost in the sum.
+  // The low part of x + low is half a unit of x, and would be lost in the sum.
   constexpr R part = std::numeric_limits<R>::epsilon() / 4;
   auto exp_of_two = [](Vec<R> x) { return exp_nonpositive(x, x * part); };
   check_within<R>("exp of x + low", exp_bound, R(-0.0), R(kLeastExponent<R> * 0.99), samples, exp_of_two,
@@ -106,8 +106,8 @@ void check_all(int samples, double exp_bound, double log_bound, double log1p_bou
 }
 
 void run() {
-  // Of floats, what simd/math-inl.h states. Of doubles, exp alone is its own; for the others glibc states
-  // these.
+  // The bounds of floats are those that simd/math-inl.h states. Among doubles, exp alone is its own; glibc
+  // states the bounds of the others.
   check_all<float>(1 << 20, 1.25, 0.9, 1.25, 1.7, 1.6);
   check_all<double>(1 << 16, 1, 1, 1, 1, 2);
 }

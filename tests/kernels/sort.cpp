@@ -88,7 +88,7 @@ void radix_sort_is_a_stable_sort() {
     // The leading bits tell apart too few: the insertions after them stop, and all bits are sorted by.
     check_sorted<Key>(n,
                       [&](int64_t i) { return Key((Key(i == 0) << (bits - 1)) | Key(random.below(1000))); });
-    // They tell apart all but neighbours, which insertion exchanges.
+    // The leading bits tell apart all but neighbours, which insertion exchanges.
     check_sorted<Key>(n,
                       [&](int64_t i) { return Key((Key(i / 2) << (bits - 17)) | Key(random.below(1000))); });
     check_sorted<Key>(n, [&](int64_t) {

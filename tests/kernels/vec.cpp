@@ -26,7 +26,7 @@ struct Format {
     if (exponent == 0) return sign * std::ldexp(fraction, least_exponent - mantissa);
     return sign * std::ldexp(fraction + (1 << mantissa), exponent - bias - mantissa);
   }
-  // To nearest, ties to even: the rounding mode of nearbyint. A carry moves into the exponent by itself.
+  // nearbyint rounds to nearest, ties to even. A carry moves into the exponent by itself.
   uint16_t bits(float x) const {
     uint16_t sign = std::signbit(x) ? 0x8000 : 0, infinity = (2 * bias + 1) << mantissa;
     double magnitude = std::fabs(double(x));
@@ -91,8 +91,8 @@ void check_rounded(const Format& format, const float (&x)[Simd<float>::lanes]) {
   }
 }
 
-// Each half, the point halfway to the next one, and their neighbours: every rounding that there is. Then all
-// the range of floats, NaN among them.
+// Tries each half, the point halfway to the next one, and their neighbours: every rounding that there is. Then
+// it tries the whole range of floats, NaN among them.
 template <class H>
 void floats_are_rounded_to_nearest_even(const Format& format) {
   constexpr int L = Simd<float>::lanes;

@@ -21,7 +21,7 @@ TORCHFAST_KERNELS
 // which took 1.3 times as long (Zen 4).
 constexpr int kNarrow = TORCHFAST_VECTOR_BYTES < 32 ? TORCHFAST_VECTOR_BYTES : 32;
 
-// The sum of the lanes.
+// Sums the lanes.
 template <class T, class V>
 TORCHFAST_INLINE T sum_halves(V v) {
   if constexpr (sizeof(V) == sizeof(T)) {
@@ -34,7 +34,7 @@ TORCHFAST_INLINE T sum_halves(V v) {
   }
 }
 
-// For each of `scores` scores, how many of a chunk are larger and how many equal; added to the counts.
+// Counts for each of `scores` scores how many of a chunk are larger and how many equal, and adds both up.
 template <int scores, class R>
 TORCHFAST_INLINE void compare(const R* x, int64_t n, const R* score, Int<R>* larger, Int<R>* equal) {
   typedef R V __attribute__((vector_size(kNarrow)));
@@ -51,14 +51,14 @@ TORCHFAST_INLINE void compare(const R* x, int64_t n, const R* score, Int<R>* lar
     }
   }
   static_assert(kChunk < 1 << 15);
-  for (int j = 0; j < scores; ++j) {  // both sums at once, as halves of a number
+  for (int j = 0; j < scores; ++j) {  // both are summed at once, as halves of a number
     auto both = sum_halves<Int<R>>(above[j] | same[j] << 16);
     larger[j] += both & 0xffff;
     equal[j] += both >> 16;
   }
 }
 
-// The same for any number of scores, at most sizeof...(less) at a time.
+// Compares with any number of scores, at most sizeof...(less) at a time.
 template <class R, int... less>
 TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t scores, Int<R>* larger,
                                   Int<R>* equal, std::integer_sequence<int, less...>) {
@@ -72,7 +72,7 @@ TORCHFAST_INLINE void compare_all(const R* x, int64_t n, const R* score, int64_t
 template <class R>
 class Counting {
   static constexpr int L = Simd<R>::lanes;
-  static constexpr int kAtOnce = TORCHFAST_VECTOR_BYTES == 64 ? 8 : 4;  // by the number of registers
+  static constexpr int kAtOnce = TORCHFAST_VECTOR_BYTES == 64 ? 8 : 4;  // as many as there are registers for
 
  public:
   static constexpr int64_t kMost = std::min(64, 8 * L);  // judged documents; with more, sorting is faster
@@ -100,7 +100,7 @@ class Counting {
  private:
   struct Counts {
     int64_t numbers;                     // scores that are not NaN
-    Int<R> larger[kMost], equal[kMost];  // scores, than each judged document's
+    Int<R> larger[kMost], equal[kMost];  // scores that are larger than each judged one, or equal
   };
   static constexpr IntVec<R> kZeros{};
 
@@ -130,7 +130,7 @@ class Counting {
     return *counts;
   }
 
-  // Bits of the judged documents whose score is larger than, and equal to, a score.
+  // Both return the bits of the judged documents whose score is larger than a score, or equal to it.
   uint64_t larger_than(R score) const {
     uint64_t bits = 0;
     for (int64_t j = 0; j < ranked_.judged.count; j += L)
@@ -144,7 +144,8 @@ class Counting {
     return bits;
   }
 
-  // Where each judged document is the only one of its score: it is marked at its place among the n documents.
+  // If each judged document is the only one of its score, it can be marked at its place among the n
+  // documents.
   void put_in_order(const Counts& counts, int64_t n) {
     int64_t count = ranked_.judged.count, at = 0;
     uint64_t taken[kChunk / 64 + 1] = {};
@@ -174,7 +175,7 @@ class Counting {
     }
     for (int64_t i = 0; i < count; ++i) {
       uint64_t same = equal_to(score_[i]);
-      if (std::countr_zero(same) != i) continue;  // in the group of an earlier one, or NaN
+      if (std::countr_zero(same) != i) continue;  // it is in the group of an earlier one, or NaN
       ranked_.relevant_before = std::popcount(larger_than(score_[i]) & relevant);
       add_group(row, counts.larger[i], counts.equal[i], score_[i], same);
     }
@@ -182,7 +183,7 @@ class Counting {
     if (nan) add_group(row, counts.numbers, row.n - counts.numbers, R(NAN), nan);
   }
 
-  // n documents have the score, those of the bits `members` among them.
+  // Adds the group of the n documents that have the score; the bits `members` are its judged ones.
   template <class S>
   void add_group(const Row<S>& row, int64_t before, int64_t n, R score, uint64_t members) {
     int32_t ids[kMost], *end = ids;
@@ -193,7 +194,7 @@ class Counting {
       ranked_.add_group(before, n, ids, end - ids);
   }
 
-  // A group whose order is that of the positions.
+  // Adds a group whose documents keep the order of their positions.
   template <class S>
   void add_stable(const Row<S>& row, int64_t before, R score, const int32_t* id, const int32_t* end) {
     for (int64_t from = 0; id < end; ++id) {
@@ -210,7 +211,7 @@ class Counting {
   }
 
   Ranked& ranked_;
-  R score_[kMost + L];  // of the judged documents
+  R score_[kMost + L];  // one a judged document
   Buffer<Counts> counts_;
 };
 

@@ -29,7 +29,7 @@ class Discounts {
   }
 
   const double* at_;
-  int64_t last_;  // rank of the table
+  int64_t last_;  // the last rank of the table
 };
 
 }  // namespace torchfast::ranking

@@ -18,10 +18,10 @@
 
 TORCHFAST_KERNELS
 
-// The documents of a query that matter: of target > 0, or all (ranking::zero_is_nothing).
+// The documents of a query that matter: those of target > 0, or all (ranking::zero_is_nothing).
 struct Judged {
   int64_t count = 0;
-  bool wrong = false;  // a target is none
+  bool wrong = false;  // a target is illegal
   Buffer<int32_t> at;  // ascending
   Buffer<double> y;
 
@@ -39,7 +39,7 @@ using Signed = std::conditional_t<
     size == 8, int64_t,
     std::conditional_t<size == 4, int32_t, std::conditional_t<size == 2, int16_t, int8_t>>>;
 
-// Appends those of y[begin .. end), `stride` apart.
+// Appends the judged ones of documents begin .. end-1, whose targets are `stride` apart.
 template <class T>
 void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end, const ranking::Options& o,
                  Judged& found) {
@@ -56,7 +56,7 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
   int64_t count = found.count;
   for (int64_t i = begin; i < end; i += kLook) {
     int64_t n = std::min(kLook, end - i);
-    uint64_t look = 0;  // those whose bits are not all 0
+    uint64_t look = 0;  // documents whose target has bits that are not 0
     if (skip_zeros && stride == 1 && end - begin >= L) {
       for (int64_t j = 0; j < n; j += L) {
         int64_t from = std::min(i + j, end - L);  // the last vector may overlap the one before
@@ -70,8 +70,8 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
     int32_t* at = found.at.need(count + kLook, count);
     double* value = found.y.need(count + kLook, count);
     int64_t before = count;
-    bool zeros =
-        false;  // dropped later: if the next place waited for the value, this would take twice as long
+    // Zeros are dropped later: if the next place waited for the value, this would take twice as long.
+    bool zeros = false;
     for (; look; look &= look - 1) {
       int64_t j = i + std::countr_zero(look);
       double v;
@@ -96,7 +96,7 @@ void find_judged(const void* targets, int64_t stride, int64_t begin, int64_t end
   found.wrong |= wrong;
 }
 
-// to[0 .. result) are those of the n elements that the mask keeps.
+// Copies those of the n elements that the mask keeps, and returns their number.
 template <class T>
 int64_t keep(const void* from, int64_t stride, const bool* mask, int64_t mask_stride, int64_t n, void* to) {
   int64_t kept = 0;
@@ -107,7 +107,7 @@ int64_t keep(const void* from, int64_t stride, const bool* mask, int64_t mask_st
   return kept;
 }
 
-// Targets, whose type is known when the op is called.
+// Reads targets, whose type is known when the op is called.
 struct Targets {
   explicit Targets(const ranking::Elements& given) : elements(given) {
     auto choose = [&](auto* typed) {

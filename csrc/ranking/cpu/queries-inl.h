@@ -21,7 +21,7 @@
 
 TORCHFAST_KERNELS
 
-constexpr int64_t kBlock = 32768;  // documents that a thread takes at a time
+constexpr int64_t kBlockDocuments = 32768;  // documents that a thread takes at a time
 
 inline bool are_boundaries(const int64_t* offsets, int64_t queries, int64_t total) {
   bool legal = offsets[0] >= 0 && offsets[queries] <= total;
@@ -33,11 +33,14 @@ template <class S, class R>
 class Queries {
  public:
   explicit Queries(const ranking::Call& call)
-      : c_(call), target_(call.target), others_(call.other_offsets ? call.others : call.target) {}
+      : c_(call),
+        target_(call.target),
+        unretrieved_(call.unretrieved_offsets ? call.unretrieved : call.target) {}
 
   void rank() const {
     bool legal = (!c_.offsets || are_boundaries(c_.offsets, c_.queries, c_.documents)) &&
-                 (!c_.other_offsets || are_boundaries(c_.other_offsets, c_.queries, c_.other_documents));
+                 (!c_.unretrieved_offsets ||
+                  are_boundaries(c_.unretrieved_offsets, c_.queries, c_.unretrieved_documents));
     if (!legal) {
       std::fill_n(c_.values, c_.metrics * c_.queries, NAN);
       std::fill_n(c_.empty, 2 * c_.queries, false);
@@ -59,9 +62,9 @@ class Queries {
       for (int64_t q = 0; q < c_.queries; ++q)
         if (is_huge(q)) worker.rank(q, Parts{threads});
     }
-    // The others block by block: a thread begins with a share of its own, side by side in memory, and then
-    // helps the next one.
-    int64_t blocks = c_.documents / kBlock + 1, shares = std::min(blocks, threads);
+    // The others are ranked block by block: a thread begins with a share of its own, side by side in memory,
+    // and then helps the next thread.
+    int64_t blocks = c_.documents / kBlockDocuments + 1, shares = std::min(blocks, threads);
     std::vector<std::atomic<int64_t>> next(shares);
     auto first_block = [=](int64_t share) { return share * blocks / shares; };
     for (int64_t share = 0; share < shares; ++share) next[share] = first_block(share);
@@ -86,8 +89,8 @@ class Queries {
   int64_t documents_of(int64_t q) const { return c_.offsets ? c_.offsets[q + 1] - c_.offsets[q] : c_.width; }
 
   // The hardware prefetches page by page. Rows of about that size are asked for while the one before is
-  // ranked, a tenth faster (10000 x 1000); much shorter or longer ones are not. Inline: GCC drops calls that
-  // only prefetch.
+  // ranked, a tenth faster (10000 x 1000); much shorter or longer ones are not. It is inline because GCC
+  // drops calls that only prefetch.
   TORCHFAST_INLINE void prefetch(int64_t q) const {
     int64_t n = documents_of(q), first = c_.offsets ? c_.offsets[q] : q;
     if (n < 256 || n > kChunk) return;
@@ -97,9 +100,9 @@ class Queries {
     }
   }
 
-  // The queries that begin in a block of documents.
+  // Returns the first query that begins in a block of documents or behind it.
   int64_t first_of(int64_t block) const {
-    int64_t at = block * kBlock;
+    int64_t at = block * kBlockDocuments;
     if (at > c_.documents) return c_.queries;
     if (!c_.offsets) return at == 0 ? 0 : std::min(c_.queries, (at + c_.width - 1) / c_.width);
     return std::lower_bound(c_.offsets, c_.offsets + c_.queries, at) - c_.offsets;
@@ -126,10 +129,11 @@ class Queries {
         target = kept, stride = 1;
       }
       find(target, stride, row.n, parts);
-      ranker.more.clear();
-      if (c.other_offsets) {
-        int64_t begin = c.other_offsets[q], end = c.other_offsets[q + 1];
-        of.others_.find(c.others.from(begin), c.others.stride, 0, end - begin, c.options, ranker.more);
+      ranker.unretrieved.clear();
+      if (c.unretrieved_offsets) {
+        int64_t begin = c.unretrieved_offsets[q], end = c.unretrieved_offsets[q + 1];
+        of.unretrieved_.find(c.unretrieved.from(begin), c.unretrieved.stride, 0, end - begin, c.options,
+                             ranker.unretrieved);
       }
       ranker.rank(row, parts, c.num_relevant ? num_relevant : -1, q);
     }
@@ -147,12 +151,12 @@ class Queries {
 
     const Queries& of;
     Ranker<R> ranker;
-    Buffer<S> scores;  // of the documents that the mask keeps
+    Buffer<S> scores;  // scores of the documents that the mask keeps
     Buffer<std::byte> targets;
   };
 
   const ranking::Call& c_;
-  Targets target_, others_;
+  Targets target_, unretrieved_;
 };
 
 inline void rank_queries(const ranking::Call& call) {

@@ -37,8 +37,8 @@ inline void sort_gains(double* gains, int64_t n, int64_t longest) {
   while (cleared-- > 0) gains = std::fill_n(gains, count[cleared], double(cleared));
 }
 
-// Values of all metrics for a query. `gains` holds those of all judged documents, and is reordered;
-// `longest` is the longest cut-off of NDCG.
+// Writes the values of all metrics for a query. `gains` holds the gains of all judged documents, and is
+// reordered; `longest` is the longest cut-off of NDCG.
 template <class Ranking>
 void evaluate(const ranking::Call& c, const ranking::Query& query, const Ranking& ranked, double* gains,
               int64_t gains_count, int64_t longest, const Discounts& discounts, double* out, int64_t step) {
@@ -81,27 +81,28 @@ class Ranker {
         longest_ndcg_ = std::max(longest_ndcg_, ranking::cut_of(ranking::ndcg, c_.ks[m], {}));
     }
   }
-  Ranker(const Ranker&) = delete;  // its parts know each other
+  Ranker(const Ranker&) = delete;  // its parts refer to each other
 
-  Judged judged;  // of the query
-  Judged more;    // those that were not retrieved; at means nothing
+  Judged judged;       // the query's, which the caller fills in
+  Judged unretrieved;  // those that were not retrieved; `at` means nothing
 
-  // Judged documents in, values of query q out. num_relevant < 0: as the targets say.
+  // Turns the judged documents into the values of query q. If num_relevant < 0, the targets say how many are
+  // relevant.
   template <class S>
   void rank(const Row<S>& row, const Parts& parts, int64_t num_relevant, int64_t q) {
     using namespace ranking;
     const Options& o = c_.options;
-    if (judged.wrong || more.wrong) return fail(q);  // such a target has no gain: no place in a table
+    if (judged.wrong || unretrieved.wrong) return fail(q);  // an illegal target has no gain
     Query query{row.n, 0, 0};
     double* gains = judged.y.get();
-    int64_t gains_count = judged.count + more.count;
+    int64_t gains_count = judged.count + unretrieved.count;
     bool gain = gains_count > 0;
-    if (ranked_.plain && more.count == 0) {
+    if (ranked_.plain && unretrieved.count == 0) {
       query.relevant = query.n_rel = judged.count;
     } else {
       gain = false;
       double* to = gains = gains_.need(gains_count);
-      for (const Judged* of : {&judged, &more})
+      for (const Judged* of : {&judged, &unretrieved})
         for (int64_t i = 0; i < of->count; ++i) {
           query.n_rel += is_relevant(of->y[i], o);
           gain |= (*to++ = gain_of(of->y[i], o)) > 0;
@@ -132,9 +133,9 @@ class Ranker {
  private:
   const ranking::Call& c_;
   const Discounts& discounts_;
-  bool of_all_ranks_ = false, by_relevant_ = false;  // metrics without cut-off; with n_rel as theirs
+  bool of_all_ranks_ = false, by_relevant_ = false;  // a metric has no cut-off; has the cut-off n_rel
   int64_t longest_cut_ = 0, longest_ndcg_ = 0;
-  Buffer<double> gains_;  // of the judged documents, then of those not retrieved, where they are not plain
+  Buffer<double> gains_;  // of judged, then of unretrieved documents, unless the targets of `judged` serve
   Ranked ranked_{c_.options, judged};
   Counting<R> counting_{ranked_};
   Sorting<R> sorting_{ranked_};

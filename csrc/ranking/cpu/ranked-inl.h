@@ -52,7 +52,7 @@ class Groups {
   std::vector<Group> groups_;
 };
 
-// The same from the judged documents in order, where none is tied with any other.
+// What the metrics sum up to a cut-off, from the judged documents in order, where none is tied with another.
 class Untied {
  public:
   void begin(int64_t judged) {
@@ -60,9 +60,9 @@ class Untied {
     place_.need(judged + L), gain_.need(judged);
     hit_ = place_.get();
   }
-  // The i-th one: how many documents have larger scores.
+  // Puts the i-th judged document; `place` documents have larger scores.
   void put(int64_t i, int32_t place, double gain) { place_[i] = place, gain_[i] = gain; }
-  // Where not all are relevant, when all are put.
+  // Must be called when all are put, if not all are relevant.
   template <class F>
   void choose_relevant(const F& is_relevant) {
     int32_t* hit = hits_.need(judged_ + L);
@@ -101,7 +101,7 @@ class Untied {
     while (hit_[hits] < k) ++hits;
     return hits;
   }
-  // Their sum at the first so many relevant ones.
+  // Sums the precisions at the first `count` relevant documents.
   double precisions(int64_t count) const {
     typedef int32_t Places __attribute__((vector_size(L * 4)));
     Vec<double> sums{}, rank;
@@ -169,11 +169,11 @@ class Ranked {
   const ranking::Options& o;
   const Judged& judged;
   const bool plain;      // each judged document is relevant, and its target its gain
-  const double* gain{};  // of the judged documents
+  const double* gain{};  // one a judged document
   bool is_untied = false;
   Untied untied;
   Groups groups;
-  int32_t relevant_before = 0;  // documents of the groups so far
+  int32_t relevant_before = 0;  // relevant documents of the groups so far
 };
 
 TORCHFAST_END_KERNELS

@@ -24,8 +24,8 @@ struct Row {
   int64_t stride, n;
 };
 
-// f(scores, begin, n) for chunks of the row from begin to end: widened, contiguous, and filled up with NaN to
-// a full vector.
+// Calls f(scores, begin, n) for chunks of the row from begin to end. Their scores are widened, contiguous,
+// and filled up with NaN to a full vector.
 template <class R, class S, class F>
 TORCHFAST_INLINE void for_each_chunk(const Row<S>& row, int64_t begin, int64_t end, const F& f) {
   constexpr int L = Simd<R>::lanes;
@@ -43,7 +43,7 @@ TORCHFAST_INLINE void for_each_chunk(const Row<S>& row, int64_t begin, int64_t e
   }
 }
 
-// How many scores of a chunk are not NaN.
+// Counts the scores of a chunk that are not NaN.
 template <class R>
 TORCHFAST_INLINE int64_t count_numbers(const R* x, int64_t n) {
   IntVec<R> numbers{};

@@ -19,7 +19,7 @@
 
 TORCHFAST_KERNELS
 
-// Larger scores have smaller keys; all NaN the largest.
+// Larger scores have smaller keys; all NaN have the largest.
 template <class R>
 using Key = std::make_unsigned_t<Int<R>>;
 
@@ -32,7 +32,7 @@ Key<R> to_key(R score) {
 template <class R>
 class Sorting {
   static constexpr int L = Simd<R>::lanes;
-  static constexpr int64_t kWhole = 4096;  // documents of rows that are always sorted as a whole
+  static constexpr int64_t kWhole = 4096;  // a row of no more documents is always sorted as a whole
   using Element = Keyed<Key<R>>;
 
  public:
@@ -66,8 +66,8 @@ class Sorting {
   }
 
  private:
-  // Puts the documents from the cut-th score up into elements_, and their number into n: 0 where so many
-  // scores above -inf do not exist. Returns how many scores are not NaN.
+  // Puts the documents from the cut-th score up into elements_, and their number into n, which stays 0 if
+  // fewer scores are above -inf. Returns how many scores are not NaN.
   template <class S>
   int64_t select_top(const Row<S>& row, int64_t cut, int64_t& n) {
     R *top = tops_.need(2 * cut + kChunk), least = -INFINITY;
@@ -104,7 +104,7 @@ class Sorting {
     return numbers;
   }
 
-  // f(j, is(x[j])) for all j of the vectors of which any is.
+  // Calls f(j, is(x[j])) for all j of every four vectors of which any element is.
   template <class Is, class F>
   static void for_each_hit(const R* x, int64_t n, const Is& is, const F& f) {
     for (int64_t j = 0; j < n; j += 4 * L) {
@@ -116,7 +116,7 @@ class Sorting {
     }
   }
 
-  // In what follows documents are sorted by ascending key; id - 1 is the judged document's, 0 says none.
+  // Below, documents are sorted by ascending key. The id of a judged one is its number + 1; others have id 0.
 
   static bool is_untied(const Element* sorted, int64_t n) {
     bool tied = false;
@@ -124,7 +124,7 @@ class Sorting {
     return !tied;
   }
 
-  // Where the judged documents are in the order.
+  // Writes where the judged documents stand in the order, and returns their number.
   int64_t find_places(const Element* sorted, int64_t n, int32_t* at) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {

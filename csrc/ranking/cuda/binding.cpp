@@ -1,5 +1,5 @@
-// Gives ranking.cu to PyTorch's dispatcher. The emulator's build (tests/kernels/cuda_emulator) gives its own to the
-// CPU.
+// Gives ranking.cu to PyTorch's dispatcher. The emulator's build (tests/kernels/cuda_emulator) gives its own
+// to the CPU.
 #if defined(TORCHFAST_WITH_CUDA) || defined(TORCHFAST_EMULATED)
 
 #include "ranking/cuda/launch.h"

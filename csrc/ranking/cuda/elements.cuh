@@ -25,7 +25,7 @@ __device__ inline double from_half(unsigned bits) {
   return bits >> 15 ? -y : y;
 }
 
-// The number that an element of U's size is.
+// Converts an element's bits to the number that they are in its type.
 template <class U>
 __device__ double to_double(U bits, Type type) {
   if constexpr (sizeof(U) == 1) return type != Type::i8 ? double(bits) : double(int8_t(bits));
@@ -38,7 +38,7 @@ __device__ double to_double(U bits, Type type) {
   if constexpr (sizeof(U) == 8) return type == Type::i64 ? double(int64_t(bits)) : bits_as<double>(bits);
 }
 
-// f of a zero of the size of the elements.
+// Calls f with a zero of the elements' size.
 template <class F>
 __device__ auto with_size(Type type, const F& f) {
   switch (size_of(type)) {
@@ -49,14 +49,14 @@ __device__ auto with_size(Type type, const F& f) {
   }
 }
 
-// Not inlined: it stands in many places, none of them hot.
+// It is not inlined, since many places call it, none of them hot.
 __device__ __noinline__ double element(const char* row, int64_t at, Type type) {
   return with_size(type, [&](auto zero) {
     return to_double(__ldg(reinterpret_cast<const decltype(zero)*>(row) + at), type);
   });
 }
 
-// Larger scores have smaller keys; all NaN the largest. U has the size of the score.
+// Larger scores have smaller keys; all NaN have the largest. U has the size of the score.
 template <class U>
 using Key = std::conditional_t<sizeof(U) == 8, uint64_t, uint32_t>;
 
@@ -64,7 +64,7 @@ template <class U>
 __device__ Key<U> key_of(U bits, U infinity) {
   constexpr U sign = U(1) << (sizeof(U) * 8 - 1);
   if (U(bits & ~sign) > infinity) return Key<U>(U(~U(0)));
-  if (bits == sign) bits = 0;  // -0 is 0
+  if (bits == sign) bits = 0;  // -0 has the key of 0
   return Key<U>(bits & sign ? bits : U(bits ^ U(~sign)));
 }
 
@@ -76,9 +76,9 @@ __device__ constexpr U infinity_of(Type type) {
 }
 
 struct Row {
-  const char *scores, *targets, *mask, *others;
-  int n, others_count;  // documents, padding included; judged ones that were not retrieved
-  int64_t place;        // its part of the working memory
+  const char *scores, *targets, *mask, *unretrieved;
+  int n, unretrieved_count;  // documents, padding included; targets that were not retrieved
+  int64_t place;             // where its part of the working memory begins
   bool bad;
 };
 
@@ -94,31 +94,31 @@ __device__ inline Row row_of(const Call& c, int64_t q) {
     n = c.lengths[q];
   }
   row.bad |= n > INT32_MAX || (c.num_relevant && c.num_relevant[q] < 0);
-  if (c.other_offsets) {
-    int64_t begin = c.other_offsets[q], count = c.other_offsets[q + 1] - begin;
-    row.others = c.others.from(begin);
+  if (c.unretrieved_offsets) {
+    int64_t begin = c.unretrieved_offsets[q], count = c.unretrieved_offsets[q + 1] - begin;
+    row.unretrieved = c.unretrieved.from(begin);
     row.place += begin;
     row.bad |= count > INT32_MAX - n;
-    row.others_count = int(count);
+    row.unretrieved_count = int(count);
   }
   row.n = int(n);
-  if (row.bad) row.n = row.others_count = 0;
+  if (row.bad) row.n = row.unretrieved_count = 0;
   return row;
 }
 
 __device__ inline double target_of(const Call& c, const Row& row, int64_t i) {
   return element(row.targets, i * c.target.stride, c.target.type);
 }
-__device__ inline double other_target_of(const Call& c, const Row& row, int64_t i) {
-  return element(row.others, i * c.others.stride, c.others.type);
+__device__ inline double unretrieved_target_of(const Call& c, const Row& row, int64_t i) {
+  return element(row.unretrieved, i * c.unretrieved.stride, c.unretrieved.type);
 }
 
 enum class Size { warp, block, huge };
 
 __device__ inline Size size_of_query(const Call& c, int64_t q) {
   int64_t n = c.offsets ? c.offsets[q + 1] - c.offsets[q] : c.width;
-  int64_t others = c.other_offsets ? c.other_offsets[q + 1] - c.other_offsets[q] : 0;
-  return n > kHuge ? Size::huge : n + others > kWarpDocuments ? Size::block : Size::warp;
+  int64_t unretrieved = c.unretrieved_offsets ? c.unretrieved_offsets[q + 1] - c.unretrieved_offsets[q] : 0;
+  return n > kHuge ? Size::huge : n + unretrieved > kWarpDocuments ? Size::block : Size::warp;
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ struct Discount {
   __device__ double operator()(int64_t rank) const { return 1 / log2(double(rank) + 1); }
 };
 
-// The thread's share of what the group contributes to a term. `cut` keeps a group that the cut-off parts.
+// Returns the thread's share of what the group contributes to a term. `cut` keeps a group that the cut-off
+// parts.
 __device__ inline double contribution_of(const Term& term, const Group& g, int64_t n_rel, Share share,
                                          bool over_hits, Group& cut) {
   int64_t m = up_to(g, term.k > 0 ? term.k : n_rel);
@@ -27,7 +28,7 @@ __device__ inline double contribution_of(const Term& term, const Group& g, int64
   }
 }
 
-// Adds what all threads' groups contribute to the terms; n = 0: there is none.
+// Adds what all threads' groups contribute to the terms; a group of n = 0 is none.
 template <int warps>
 __device__ void add_groups(const Team<warps>& team, const Pass& p, const Group& g, int64_t n_rel,
                            Share share) {
@@ -40,22 +41,22 @@ __device__ void add_groups(const Team<warps>& team, const Pass& p, const Group& 
   }
 }
 
-// Not inlined, for it needs many registers, and few queries.
+// It is not inlined, since it needs many registers and few queries need it.
 __device__ __noinline__ double parted_over_hits(const Group& cut, int64_t k, double sum) {
   return precisions_over_hits(cut, up_to(cut, k), sum);
 }
 
-// The best DCG up to each metric's cut-off, of the gains of the query's `positive` documents that have
-// any, all of the gain `one` unless that is 0. What `list` counts is written over.
+// Finds the best DCG up to each metric's cut-off. `positive` documents of the query have a gain; all of them
+// have the gain `one`, unless that is 0. The counts in `list` are written over.
 template <class U, int warps, class List>
 __device__ void find_ideals(const Team<warps>& team, const Pass& p, const Row& row, const List& list, int n,
                             int positive, double one, void* memory) {
   const Call& c = p.call;
   InShared<U> shared_list(memory, p.capacity);
   uint64_t* gains = shared_list.gains();
-  int ranked = n + row.others_count, *sorted = nullptr;
+  int ranked = n + row.unretrieved_count, *sorted = nullptr;
   auto key_of_document = [&](int id) {
-    double y = id < row.n ? target_of(c, row, id) : other_target_of(c, row, id - row.n);
+    double y = id < row.n ? target_of(c, row, id) : unretrieved_target_of(c, row, id - row.n);
     return descending(gain_of(y, c.options));
   };
   auto id_at = [&](int i) { return i < n ? list.ids[i] : row.n + (i - n); };
@@ -96,7 +97,7 @@ __device__ void find_ideals(const Team<warps>& team, const Pass& p, const Row& r
   }
 }
 
-// No value: NaN.
+// Writes NaN for a query that has no value.
 template <int warps>
 __device__ void fail(const Team<warps>& team, const Pass& p, int64_t q) {
   if (team.thread < p.metric_count) p.metrics[team.thread].values[q] = NAN;
@@ -111,8 +112,8 @@ __device__ void evaluate(const Team<warps>& team, const Pass& p, const Row& row,
   const Options& o = c.options;
   Shared<warps>& shared = team.shared;
 
-  wrong = team.any(wrong);  // such a target has no gain: no place in a table
-  int relevant = 0, others_relevant = 0, positive = 0;
+  wrong = team.any(wrong);  // an illegal target has no gain: it may lie beyond the table
+  int relevant = 0, unretrieved_relevant = 0, positive = 0;
   double least = INFINITY, most = 0;
   auto count_gain = [&](double y) {
     double gain = gain_of(y, o);
@@ -126,26 +127,26 @@ __device__ void evaluate(const Team<warps>& team, const Pass& p, const Row& row,
     count_gain(y);
   }
 #pragma unroll 1
-  for (int64_t i = team.thread; i < row.others_count; i += team.size) {
-    double y = other_target_of(c, row, i);
+  for (int64_t i = team.thread; i < row.unretrieved_count; i += team.size) {
+    double y = unretrieved_target_of(c, row, i);
     if (is_target(y, o)) {
-      others_relevant += is_relevant(y, o);
+      unretrieved_relevant += is_relevant(y, o);
       count_gain(y);
     } else {
       wrong = true;
     }
   }
   relevant = team.sum(relevant);
-  others_relevant = team.sum(others_relevant);
+  unretrieved_relevant = team.sum(unretrieved_relevant);
   positive = team.sum(positive);
   least = team.reduce(least, [](double a, double b) { return fmin(a, b); });
   most = team.reduce(most, [](double a, double b) { return fmax(a, b); });
-  Query query{seen.documents, relevant, c.num_relevant ? c.num_relevant[q] : relevant + others_relevant};
+  Query query{seen.documents, relevant, c.num_relevant ? c.num_relevant[q] : relevant + unretrieved_relevant};
   bool bad = team.any(wrong) || row.bad || query.n_rel < relevant ||
              (o.nan == propagate && seen.numbers < seen.documents);
   if (bad) return fail(team, p, q);
 
-  // Groups of one score, or documents alone where the ties are parted.
+  // A group has the documents of one score, or one document where the ties are parted.
   const bool alone = o.ties != average;
   if (o.ties >= optimistic) part_ties(team, c, list, n);
   if (team.thread < kTerms) shared.cut[team.thread].n = 0;
@@ -185,7 +186,7 @@ __device__ void evaluate(const Team<warps>& team, const Pass& p, const Row& row,
       mine.gain /= double(g.n);
     }
     add_groups(team, p, mine, query.n_rel, Share{});
-    // Large groups are everyone's.
+    // The whole team works on each large group.
     for (int owner; (owner = team.first(large)) < team.size;) {
       if (team.thread == owner) {
         shared.group = g;

@@ -10,7 +10,7 @@ namespace {
 
 // ---- A query by one team ----------------------------------------------------------------------------
 
-// Documents seen by the whole team.
+// Sums up what the team's threads have seen.
 template <int warps>
 __device__ Seen sum(const Team<warps>& team, Seen seen) {
   seen.documents = team.sum(seen.documents);
@@ -51,7 +51,7 @@ __device__ void rank(const Team<warps>& team, const Pass& p, int64_t q, void* me
 __host__ __device__ constexpr size_t list_bytes(int capacity, size_t key) { return capacity * (key + 12); }
 
 template <class U>
-constexpr int kWarpTeams = sizeof(U) == 8 ? 4 : 8;  // of a block, as shared memory has room for
+constexpr int kWarpTeams = sizeof(U) == 8 ? 4 : 8;  // a block's shared memory has room for so many
 
 template <class U>
 __global__ void __launch_bounds__(32 * kWarpTeams<U>, 16 / kWarpTeams<U>)
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(32 * kWarpTeams<U>, 16 / kWarpTeams<U>)
 }
 
 template <class U>
-__global__ void __launch_bounds__(kBlock, 2) rank_long(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 2) rank_long(const __grid_constant__ Pass p) {
   auto* shared = reinterpret_cast<Shared<kBlockWarps>*>(dynamic_shared);
   Team<kBlockWarps> team(*shared);
   for (int64_t base = int64_t(blockIdx.x) * p.queries_at_once; base < p.call.queries;
@@ -100,7 +100,7 @@ __global__ void check_boundaries(const int64_t* offsets, int64_t queries, int64_
   if (wrong) atomicOr(illegal, 1);
 }
 
-// The last of the queries that begin at a document or before it.
+// Returns the last of the queries that begin at the document or before it.
 __device__ inline int64_t query_at(const Call& c, int64_t document) {
   if (!c.offsets) return document / c.width;
   int64_t low = 0, high = c.queries - 1;
@@ -118,8 +118,8 @@ __device__ inline int64_t beginning_of(const Call& c, int64_t q) {
   return c.offsets ? c.offsets[q] : q * c.width;
 }
 
-// f(row, slot, begin, end) for the huge queries that have documents begin .. end-1 in the block's slice:
-// those at its ends, since none is as short as a slice.
+// Calls f(row, slot, begin, end) for the huge queries that have documents begin .. end-1 in the block's
+// slice. Only the queries at its ends are looked at: a huge one is longer than a slice.
 template <class F>
 __device__ void for_each_part(const Pass& p, const F& f) {
   const Call& c = p.call;
@@ -137,10 +137,10 @@ __device__ void for_each_part(const Pass& p, const F& f) {
   }
 }
 
-__global__ void __launch_bounds__(kBlock, 4) find_in_slice(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 4) find_in_slice(const __grid_constant__ Pass p) {
   for_each_part(p, [&](const Row& row, Slot& slot, int begin, int end) {
     volatile int* judged = &slot.judged;
-    bool wrong = for_each_judged(p.call, row, begin, end, threadIdx.x, kBlock, [&](int i) {
+    bool wrong = for_each_judged(p.call, row, begin, end, threadIdx.x, kBlockThreads, [&](int i) {
       if (*judged > p.capacity) return;  // then the sorting block lists them itself
       int at = atomicAdd(&slot.judged, 1);
       if (at < p.capacity) p.ids[row.place + at] = i;
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kBlock, 4) find_in_slice(const __grid_constant
   });
 }
 
-// The huge query that begins among the documents of the block's slot, or -1. Those that begin before it
-// there are none, those that begin after it lie beyond.
+// Returns the huge query that begins among the kHuge documents of the block's slot, or -1. It can only be the
+// last one that begins there, since it is longer than the slot.
 __device__ inline int64_t query_of_slot(const Pass& p) {
   if (p.illegal && *p.illegal) return -1;
   int64_t from = int64_t(blockIdx.x) * kHuge;
@@ -170,7 +170,7 @@ __device__ void load_list(const Team<kBlockWarps>& team, const Pass& p, const Ro
 }
 
 template <class U>
-__global__ void __launch_bounds__(kBlock, 4) sort_slot(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 4) sort_slot(const __grid_constant__ Pass p) {
   auto* shared = reinterpret_cast<Shared<kBlockWarps>*>(dynamic_shared);
   Team<kBlockWarps> team(*shared);
   int64_t q = query_of_slot(p);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kBlock, 4) sort_slot(const __grid_constant__ P
 }
 
 template <class U>
-__global__ void __launch_bounds__(kBlock, 4) locate_in_slice(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 4) locate_in_slice(const __grid_constant__ Pass p) {
   auto* shared = reinterpret_cast<Shared<kBlockWarps>*>(dynamic_shared);
   Team<kBlockWarps> team(*shared);
   for_each_part(p, [&](const Row& of_part, Slot& slot, int begin, int end) {
@@ -229,10 +229,10 @@ __global__ void __launch_bounds__(kBlock, 4) locate_in_slice(const __grid_consta
 }
 
 template <class U>
-__global__ void __launch_bounds__(kBlock, 2) evaluate_slot(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kBlockThreads, 2) evaluate_slot(const __grid_constant__ Pass p) {
   auto* shared = reinterpret_cast<Shared<kBlockWarps>*>(dynamic_shared);
   Team<kBlockWarps> team(*shared);
-  if (p.illegal && *p.illegal) {  // where rows are huge no other kernel says so
+  if (p.illegal && *p.illegal) {  // if all rows are huge, no other kernel says so
     for (int64_t q = blockIdx.x; !p.call.offsets && q < p.call.queries; q += gridDim.x) fail(team, p, q);
     return;
   }

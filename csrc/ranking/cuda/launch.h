@@ -7,7 +7,7 @@
 
 namespace torchfast::ranking {
 
-// Bytes of device memory that `launch` works in, not initialised.
+// Returns how many bytes of device memory `launch` works in; they need not be initialised.
 size_t working_bytes(const Call& call);
 
 // Starts the kernels, or says why not.

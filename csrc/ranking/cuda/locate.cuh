@@ -8,7 +8,7 @@ namespace torchfast::ranking {
 namespace {
 
 struct Seen {
-  int documents = 0, numbers = 0;  // no padding; not NaN
+  int documents = 0, numbers = 0;  // without padding; scores that are not NaN
 };
 
 // Looks up each of the documents begin .. end-1 among the n judged ones, and counts it there.
@@ -26,7 +26,7 @@ __device__ Seen locate(const Call& c, const Row& row, const List& list, int n, i
                 ++seen.documents;
                 seen.numbers += key != Key<U>(U(~U(0)));
                 if (n == 0 || key > last) return;
-                int low = 0, high = n;  // of the first that is not in front of the document
+                int low = 0, high = n;  // they close in on the first that is not in front of the document
                 while (low < high) {
                   int middle = low + (high - low) / 2;
                   Key<U> other = list.key(middle);
@@ -40,7 +40,7 @@ __device__ Seen locate(const Call& c, const Row& row, const List& list, int n, i
                 if (equal)
                   atomicAdd(list.same + low, 1);
                 else if (low == 0)
-                  ++in_front;  // often: most documents, where few are judged
+                  ++in_front;  // a register counts these: most documents, where few are judged
                 else
                   atomicAdd(list.larger + low, 1);
               });
@@ -55,7 +55,7 @@ __device__ void clear_counts(const Team<warps>& team, const List& list, int n) {
   team.sync();
 }
 
-// The first judged document from j on with another score.
+// Returns the first judged document after j that has another score, or n.
 template <class List>
 __device__ int end_of_group(const List& list, int j, int n) {
   auto key = list.key(j);
@@ -88,7 +88,7 @@ __device__ void part_ties(const Team<warps>& team, const Call& c, const List& li
       int at = c.options.ties == pessimistic ? int(j) : end;
       if (others > 0 && at < n) atomicAdd(list.larger + at, others);
     }
-    list.same[j] = 1;  // which no other thread reads
+    list.same[j] = 1;  // no other thread reads it
   }
   team.sync();
 }

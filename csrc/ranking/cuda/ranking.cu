@@ -23,8 +23,8 @@
 namespace torchfast::ranking {
 namespace {
 
-// The most documents that a query can have, those not retrieved included.
-int64_t longest(const Call& c) { return (c.offsets ? c.documents : c.width) + c.other_documents; }
+// Returns the most documents that a query can have, unretrieved ones included.
+int64_t longest(const Call& c) { return (c.offsets ? c.documents : c.width) + c.unretrieved_documents; }
 
 int64_t slots_of(const Call& c) {
   return (c.offsets ? c.documents : c.width) > kHuge ? c.documents / kHuge + 1 : 0;
@@ -33,9 +33,9 @@ int64_t slots_of(const Call& c) {
 struct Working {
   int64_t slots_at, lists_at, list, bytes;
   explicit Working(const Call& c)
-      : slots_at(c.offsets || c.other_offsets ? 16 : 0),
+      : slots_at(c.offsets || c.unretrieved_offsets ? 16 : 0),
         lists_at(slots_at + slots_of(c) * int64_t(sizeof(Slot))),
-        list(longest(c) > kCapacity ? c.documents + c.other_documents : 0),
+        list(longest(c) > kCapacity ? c.documents + c.unretrieved_documents : 0),
         bytes(lists_at + 3 * list * int64_t(sizeof(int))) {}
 };
 
@@ -65,7 +65,7 @@ class Launcher {
 };
 
 int power_of_2_from(int64_t n) {
-  int power = 2;  // of keys of 8 bytes and three ints: a multiple of 8 bytes
+  int power = 2;  // so that keys of 4 or 8 bytes and three ints each fill a multiple of 8 bytes
   while (power < n) power *= 2;
   return power;
 }
@@ -84,21 +84,21 @@ void launch_pass(Pass p, Launcher& launch) {
   p.capacity = power_of_2_from(std::min<int64_t>(most, kCapacity));
   const size_t shared = sizeof(Shared<kBlockWarps>) + list();
   if (most > kWarpDocuments && least <= kHuge) {
-    p.queries_at_once = std::min<int64_t>(std::max<int64_t>(c.queries >> 12, 1), kBlock);
+    p.queries_at_once = std::min<int64_t>(std::max<int64_t>(c.queries >> 12, 1), kBlockThreads);
     int64_t blocks = (c.queries + p.queries_at_once - 1) / p.queries_at_once;
-    launch(rank_long<U>, blocks, kBlock, shared, p);
+    launch(rank_long<U>, blocks, kBlockThreads, shared, p);
   }
   if (slots > 0) {
     int64_t slices = (c.documents + kSlice - 1) / kSlice;
     launch.clear(p.slots, slots * int64_t(sizeof(Slot)));
-    launch(find_in_slice, slices, kBlock, 0, p);
-    launch(sort_slot<U>, slots, kBlock, shared, p);
-    launch(locate_in_slice<U>, slices, kBlock, shared, p);
-    launch(evaluate_slot<U>, slots, kBlock, shared, p);
+    launch(find_in_slice, slices, kBlockThreads, 0, p);
+    launch(sort_slot<U>, slots, kBlockThreads, shared, p);
+    launch(locate_in_slice<U>, slices, kBlockThreads, shared, p);
+    launch(evaluate_slot<U>, slots, kBlockThreads, shared, p);
   }
 }
 
-// The number of the term, which is added if it is new.
+// Returns the number of the term, which is added if it is new.
 int term_of(Pass& p, int kind, int64_t k) {
   for (int t = 0; t < p.term_count; ++t)
     if (p.terms[t].kind == kind && p.terms[t].k == k) return t;
@@ -134,7 +134,7 @@ const char* launch(const Call& call, void* working, void* stream) {
                call.queries, total, pass.illegal);
     };
     check(call.offsets, call.documents);
-    check(call.other_offsets, call.other_documents);
+    check(call.unretrieved_offsets, call.unretrieved_documents);
   }
   pass.slots = reinterpret_cast<Slot*>(memory + plan.slots_at);
   if (plan.list > 0) {

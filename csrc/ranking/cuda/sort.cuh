@@ -6,8 +6,8 @@
 namespace torchfast::ranking {
 namespace {
 
-// f(i) for those of the documents begin .. end-1 whose target has a say (ranking::zero_is_nothing);
-// whether a target is none.
+// Calls f(i) for those of the documents begin .. end-1 whose target has a say (ranking::zero_is_nothing).
+// Returns true if a target is illegal.
 template <class F>
 __device__ bool for_each_judged(const Call& c, const Row& row, int begin, int end, int thread, int threads,
                                 const F& f) {
@@ -42,9 +42,8 @@ __device__ int list_judged(const Team<warps>& team, const Call& c, const Row& ro
   return count;
 }
 
-// Sorts n elements in shared memory, of which there is room for a power of two: `fill(i)` makes element
-// i >= n one that comes last; `swap_if(i, j, up)` brings elements i and j into ascending order, or
-// descending.
+// Sorts n elements in shared memory, which has room for the next power of two. `fill(i)` makes element i >= n
+// one that comes last; `swap_if(i, j, up)` brings elements i and j into ascending (up) or descending order.
 template <int warps, class Fill, class Swap>
 __device__ void bitonic_sort(const Team<warps>& team, int n, const Fill& fill, const Swap& swap_if) {
   int size = 1;
@@ -85,7 +84,7 @@ __device__ int* radix_sort(const Team<warps>& team, int* ids, int* other, int n,
     for (int64_t base = 0; base < n; base += team.size) {
       int64_t i = base + team.thread;
       int id = i < n ? ids[i] : 0, digit = i < n ? digit_of(id) : 0;
-      // Lanes of the same digit.
+      // `peers` become the lanes that have this lane's digit.
       unsigned peers = __ballot_sync(kFull, i < n);
       for (int bit = 1; bit < 256; bit *= 2) {
         unsigned set = __ballot_sync(kFull, digit & bit);
@@ -113,11 +112,11 @@ __device__ int* radix_sort(const Team<warps>& team, int* ids, int* other, int n,
   return ids;
 }
 
-// Doubles >= 0 by descending value.
-__device__ inline uint64_t descending(double x) { return ~bits_as<uint64_t>(x + 0.0); }  // -0.0 is 0.0
+// Gives doubles >= 0 keys that sort them by descending value.
+__device__ inline uint64_t descending(double x) { return ~bits_as<uint64_t>(x + 0.0); }  // -0.0 becomes 0.0
 
-// The judged documents by descending score. `larger` and `same` count documents: those between the one
-// before and this one, and those of the same score, at the first of that score.
+// The judged documents by descending score. `larger` counts the documents between the judged one before and
+// this one; `same` counts those of one score, at the first judged one that has it.
 template <class U>
 struct InShared {
   Key<U>* keys;
@@ -128,7 +127,7 @@ struct InShared {
         larger(reinterpret_cast<int*>(keys + capacity)),
         same(larger + capacity),
         ids(same + capacity) {}
-  // The first 8 bytes an element, which are free once all is counted.
+  // Uses the first 8 bytes per element, which are free once all is counted.
   __device__ uint64_t* gains() const { return reinterpret_cast<uint64_t*>(keys); }
 };
 
@@ -148,7 +147,7 @@ struct InGlobal {
       : call(p.call), row(of), ids(p.ids + of.place), larger(p.larger + of.place), same(p.same + of.place) {}
 };
 
-// In one order: by score, where that is the same by the policy for ties, else by place.
+// Sorts by score, then by the policy for ties, then by place.
 template <class U, int warps>
 __device__ void sort_shared(const Team<warps>& team, const Call& c, const Row& row, const InShared<U>& list,
                             int n) {
@@ -173,7 +172,7 @@ __device__ void sort_shared(const Team<warps>& team, const Call& c, const Row& r
       });
 }
 
-// The same for documents in list.ids in ascending order.
+// Gives documents in global memory the order of sort_shared; before, list.ids must ascend.
 template <class U, int warps>
 __device__ void sort_global(const Team<warps>& team, const Call& c, const Row& row, InGlobal<U>& list, int n,
                             int* digits) {

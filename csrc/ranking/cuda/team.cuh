@@ -11,11 +11,11 @@ namespace {
 template <int warps>
 struct Shared {
   uint64_t scratch[warps];
-  double sums[warps][kTerms];  // of each warp; then row 0 is that of all
+  double sums[warps][kTerms];  // a row is a warp's; in the end row 0 has the sums of all
   double ideals[kMetrics];
-  Group cut[kTerms];  // that the cut-off parts; n = 0: there is none
-  Group group;        // at hand
-  Row row;            // at hand; here, since every register that it needs is a thread less
+  Group cut[kTerms];  // for each term the group that its cut-off parts; n = 0 if there is none
+  Group group;        // the large group that the team works on
+  Row row;            // the query's row; in registers it would cost threads
   int at, count;
 };
 
@@ -40,7 +40,7 @@ struct Team {
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kFull, x, distance);
     return x;
   }
-  // What all threads bring, put together in a fixed order; every thread gets it.
+  // Combines what all threads bring, in a fixed order; every thread gets the result.
   template <class T, class Op>
   __device__ T reduce(T x, const Op& op) const {
     for (int distance = 16; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(kFull, x, distance));
@@ -61,7 +61,7 @@ struct Team {
     return reduce(unsigned(x), [](unsigned a, unsigned b) { return a | b; });
   }
 
-  // The sum of what the threads before bring; `total` that of all.
+  // Returns the sum of what the threads before bring; `total` becomes the sum of what all bring.
   __device__ uint64_t scan(uint64_t x, uint64_t& total) const {
     uint64_t inclusive = x;
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -84,7 +84,7 @@ struct Team {
     return before + inclusive - x;
   }
 
-  // The row that all will look at; the one before is done with.
+  // Shares the row that all threads will look at, once all are done with the one before.
   __device__ const Row& take(const Row& row) const {
     sync();
     if (thread == 0) shared.row = row;
@@ -92,7 +92,7 @@ struct Team {
     return shared.row;
   }
 
-  // The first thread of which it is true, or size.
+  // Returns the first thread whose x is true, or size.
   __device__ int first(bool x) const {
     return reduce(x ? thread : size, [](int a, int b) { return a < b ? a : b; });
   }
@@ -101,15 +101,15 @@ struct Team {
   const int thread, lane, warp;
 };
 
-// f(i, bits) for elements begin .. end-1 that the mask keeps, each by one of the threads. Elements of a
-// zero vector are left out where `skip_zeros`. The loops are not unrolled: f is large, and a warp that
-// waits for its 32 bytes a lane lets others compute.
+// Calls f(i, bits) for elements begin .. end-1 that the mask keeps, each by one of the threads. With
+// `skip_zeros`, vectors of nothing but zeros are left out. The loops are not unrolled: f is large, and a warp
+// that waits for its 32 bytes a lane lets others compute.
 template <class U, class F>
 __device__ void for_each(const char* row, int64_t stride, const char* mask, int64_t mask_stride, int begin,
                          int end, int thread, int threads, bool skip_zeros, const F& f) {
   constexpr int kEach = sizeof(uint4) / sizeof(U);
   const U* x = reinterpret_cast<const U*>(row) + begin * stride;
-  int n = end - begin, head = n, vectors = 0;  // elements up to where vectors begin
+  int n = end - begin, head = n, vectors = 0;  // head: elements in front of the first vector
   if (!mask && stride == 1) {
     int to_boundary = int(-reinterpret_cast<uintptr_t>(x) % sizeof(uint4) / sizeof(U));
     head = to_boundary < n ? to_boundary : n;
@@ -120,7 +120,7 @@ __device__ void for_each(const char* row, int64_t stride, const char* mask, int6
 #pragma unroll 1
   for (int i = thread; i < vectors; i += threads) {
     uint4 words = next;
-    if (i + threads < vectors) next = __ldg(v + i + threads);  // on its way while this one is looked at
+    if (i + threads < vectors) next = __ldg(v + i + threads);  // it is on its way while this one is looked at
     if (skip_zeros && !(words.x | words.y | words.z | words.w)) continue;
     int at = begin + head + i * kEach;
 #pragma unroll 1

@@ -1,5 +1,5 @@
 // CUDA on the CPU, for tests: g++ compiles a plain .cu with this folder first on its include path, and
-// the program runs it. Enough of CUDA for kernels that keep to these forms, which nvcc compiles too:
+// the program runs it. It has enough of CUDA for kernels that keep to these forms, which nvcc compiles too:
 //   - launches through cudaLaunchKernelEx, not <<<>>>
 //   - `static __shared__ T x[n]`, in an anonymous namespace, and `extern __shared__ uint4 dynamic_shared[]`
 //
@@ -13,7 +13,7 @@
 // cannot show: a race between two synchronisations, where a fiber is never interrupted, such as an
 // increment that is not atomic.
 //
-// x86-64 alone, for the sake of speed: ucontext switches fibers by a system call.
+// It runs on x86-64 alone, for the sake of speed: ucontext would switch fibers by a system call.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -185,7 +185,8 @@ inline void start(unsigned thread) {
     fiber.stack.size = kStack;
   }
   __asan_unpoison_memory_region(fiber.stack.bottom, kStack);
-  // As if fiber_main had been called with 6 registers saved: the return address at a multiple of 16, less 8.
+  // The stack looks as if fiber_main had been called with 6 registers saved: the return address lies 8 below
+  // a multiple of 16.
   auto** top = reinterpret_cast<void**>(static_cast<char*>(const_cast<void*>(fiber.stack.bottom)) + kStack);
   top[-2] = reinterpret_cast<void*>(&fiber_main);
   fiber.stack.pointer = top - 8;
@@ -204,14 +205,14 @@ inline void start(unsigned thread) {
   fail("deadlock: a barrier that not all threads reach");
 }
 
-// The section, redzones included: hence without ASan.
+// It fills the section, redzones included: hence without ASan.
 __attribute__((no_sanitize("address"))) inline void fill_shared_with_noise() {
   auto* begin = reinterpret_cast<volatile uint64_t*>(__start_cuda_shared);
   auto* end = reinterpret_cast<volatile uint64_t*>(__stop_cuda_shared);
   for (uint64_t noise = random_bits(); begin < end; ++begin) *begin = noise *= 6364136223846793005u;
 }
 
-// All threads are at a barrier, and may go on, or have returned: false.
+// Returns true if all threads are at a barrier and may go on, false if all have returned.
 inline bool pass_barrier() {
   for (Warp& w : warps)
     if (w.at_barrier != w.all && (warps[0].at_barrier || w.returned != w.all)) fail_of_deadlock();
@@ -223,8 +224,8 @@ inline bool pass_barrier() {
   return true;
 }
 
-// Warps in random order, the first that can run first: some run far ahead of others, until the order
-// changes. Within a warp any lane that can run.
+// Picks the first warp in a random order that can run, and any lane of it that can: some warps run far ahead of
+// others, until the order changes.
 inline void run_block() {
   fill_shared_with_noise();
   for (unsigned i = 0; i < threads; ++i) start(i);

@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 128, kBlocks = 3, kAll = kThreads * kBlocks;
 constexpr unsigned kFull = 0xffffffff;
 
-// x[i] is i. Right results: y[i] = 127 - i % 128 of "reverse" kernels; the rest says its own.
+// x[i] is i. Right results: y[i] = 127 - i % 128 of "reverse" kernels; the other kernels say theirs.
 
 __global__ void barrier(const int*, int* y, int wrong) {
   static __shared__ int s[kThreads];
@@ -93,7 +93,7 @@ __global__ void misaligned_load(const int* x, int* y, int wrong) {
   if (threadIdx.x == 0) y[i] += reinterpret_cast<const uint4*>(x + wrong)->x - wrong;
 }
 
-// The warp's reverse by shuffle, then the block's.
+// Reverses each warp by a shuffle, then the block.
 __device__ int reversed(int lane, int value) { return kThreads - 1 - (value ^ 31 ^ lane ^ lane); }
 
 __global__ void mask_without_caller(const int*, int* y, int wrong) {
@@ -145,7 +145,7 @@ __global__ void last_block(const int*, int* y, int wrong) {
   y[threadIdx.x] /= 3;
 }
 
-// What the collectives mean.
+// Checks what the collectives mean.
 __global__ void collectives(const int*, int* y, int wrong) {
   int lane = threadIdx.x % 32, v = threadIdx.x, ok = 1;
   ok &= __shfl_up_sync(kFull, v, 3, 16) == (lane % 16 < 3 ? v : v - 3);
