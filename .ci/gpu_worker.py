@@ -195,7 +195,7 @@ def calls(device: str) -> dict[str, tuple[Callable[[], Tensors], Callable[..., T
 
 
 class Cuda:
-    """Where the checks below run. ``Rehearsal`` has the same methods, without streams."""
+    """The checks below run here. ``Rehearsal`` has the same methods, without streams."""
 
     device = "cuda"
 

@@ -266,7 +266,7 @@ ASYMMETRIC = Sigmoid("asymmetric", alpha=-1.0, gamma=1.0, gamma_neg=4.0, clip=0.
 
 
 def sigmoid_inputs(shape: tuple[int, int], dtype: torch.dtype, loss: Sigmoid, device: str) -> Inputs:
-    """Makes logits, targets and their float form. A label's logit is raised by 0 to 12; a tenth of rows has no label."""
+    """Makes logits, targets and their float form. A label's logit is raised by 0 to 12; a tenth of rows has none."""
     rows, classes = shape
     ids = torch.randint(classes, (rows,), device=device)
     logits = torch.randn(shape, device=device).mul_(2)

@@ -151,7 +151,7 @@ def bin_counts(options: Options, curves: Curves, bins: int) -> Tensor:
 
 
 def bounds_of(options: Options, negatives: Tensor, positives: Tensor) -> dict[str, Tensor]:
-    """By how much the areas of bins may differ from those of the scores in them.
+    """Bounds how far the areas of bins may differ from those of the scores in them.
 
     ROC AUC: the pairs within a bin count half, and may count nothing or one. Average precision: a bin with T and F
     before it, P positives and N negatives has a precision of (T + P) / (T + F + P + N) for each of its positives;

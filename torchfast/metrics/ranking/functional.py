@@ -277,7 +277,7 @@ def recall(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) 
 
 
 def hit_rate(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> Tensor:
-    """Whether one of the first ``k`` documents (default: any) is relevant: the share of such queries.
+    """The share of queries that have a relevant document among the first ``k`` (default: among all).
 
     ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 

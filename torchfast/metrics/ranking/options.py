@@ -90,7 +90,7 @@ class Options:
 
     @property
     def undefined(self) -> tuple[int | None, ...]:
-        """Where each metric has no value: 0, without a relevant document; 1, without a positive gain; None, nowhere."""
+        """When each metric has no value: 0, without a relevant document; 1, without a positive gain; None, never."""
         exempt = PRECISION if self.precision_is_defined else None
         return tuple(None if kind == exempt else int(kind in (NDCG, DCG)) for kind in self.kinds)
 
