@@ -60,7 +60,7 @@ def check_packaging_tools() -> None:
         raise SystemExit(
             f"torchfast: setuptools {found} is too old, {oldest} or newer is needed: pip install 'setuptools>={oldest}'"
         )
-    # Newer ones make wheels themselves; pip asks first for a wheel's metadata.
+    # Newer versions make wheels themselves; pip asks first for a wheel's metadata.
     if version_of(found) < (70, 1) and {"bdist_wheel", "dist_info"} & set(sys.argv):
         try:
             import wheel  # noqa: F401
@@ -81,7 +81,7 @@ def find_torch() -> Path:
         raise BuildError(
             f"torch {torch.__version__} is too old, {oldest} or newer is needed: pip install 'torch>={oldest}'"
         )
-    return Path(torch.__file__).resolve().parent  # as GCC names its files
+    return Path(torch.__file__).resolve().parent  # resolved, as GCC names its files
 
 
 def find_compiler() -> list[str]:
@@ -125,7 +125,7 @@ def cuda_archs(nvcc: str) -> list[tuple[str, bool]]:
 
 
 def cuda_library_dir(nvcc: str) -> str:
-    """Where libcudart_static.a is: nvcc itself says, also when it is a wrapper script."""
+    """Returns the folder of libcudart_static.a, which nvcc itself names, also when it is a wrapper script."""
     dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
     for line in dry.stderr.splitlines():
         if line.startswith("#$ LIBRARIES="):
@@ -164,7 +164,7 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
     """The steps to ``folder``/_kernels.so, and those to ``folder``/_C.so, the last of each being the link."""
     torch, compiler, nvcc = find_torch(), find_compiler(), find_nvcc()
     archs = cuda_archs(nvcc) if nvcc else []
-    # Given to those files alone that name them, so that another choice compiles little again.
+    # Only the files that name a macro are given it, so that another choice compiles little again.
     macros = {
         "TORCHFAST_COMPILER": f'"{first_line(compiler)}"',
         "TORCHFAST_BUILT_WITH_TORCH": f'"{sys.modules["torch"].__version__}"',
@@ -172,8 +172,8 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
         **({"TORCHFAST_WITH_CUDA": "1"} if nvcc else {}),
     }
     flags = "-O3 -std=c++20 -ffp-contract=fast -fPIC -fvisibility=hidden -g0 -DNDEBUG -Wall -Wno-psabi".split()
-    flags.append("-Wno-maybe-uninitialized")  # of which GCC's own intrinsics are full
-    flags.append(f"-ffile-prefix-map={torch}/include/=")  # which the checks' messages name
+    flags.append("-Wno-maybe-uninitialized")  # GCC's own intrinsics are full of these
+    flags.append(f"-ffile-prefix-map={torch}/include/=")  # the checks' messages name these paths
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     mac = sys.platform == "darwin"
     link_flags = ["-shared", *(["-undefined", "dynamic_lookup"] if mac else ["-Wl,-s"])]
@@ -194,7 +194,8 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
 
     def sources(pattern: str) -> list[Path]:
         found = sorted(path.relative_to(HERE) for path in (HERE / "csrc").rglob(pattern))
-        return sorted(found, key=lambda path: path.name != "kernels.cpp")  # the longest first: no core waits at the end
+        # The longest come first, so that no core waits at the end.
+        return sorted(found, key=lambda path: path.name != "kernels.cpp")
 
     module = Path("csrc", "module.cpp")
     steps, libraries = [], [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
@@ -266,7 +267,7 @@ def run_without_ninja(steps: list[Step]) -> None:
 
 class Build(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("_kernels"):  # without the Python that others have in their name
+        if fullname.endswith("_kernels"):  # its name has no Python in it, as those of other extensions have
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -312,7 +313,7 @@ def wheel_command() -> type:
 
     class Wheel(bdist_wheel):
         def get_tag(self) -> tuple[str, str, str]:
-            """Of any Python 3, since the kernels need none; of the platform that they are compiled for."""
+            """The wheel serves any Python 3, since the kernels need none, on the platform they are compiled for."""
             return "py3", "none", super().get_tag()[2]
 
     return Wheel

@@ -33,7 +33,7 @@ ABSOLUTE_PATH = rb"(?<=\0)/[\w.+\-/]+/[\w.+\-]+\.(?:h|hpp|c|cc|cpp|cu|cuh)(?=\0)
 
 
 def cuobjdump() -> str | None:
-    """CUDA's own, or that of a package: triton or nvidia-cuda-cuobjdump."""
+    """Finds cuobjdump: CUDA's own, or that of the package triton or nvidia-cuda-cuobjdump."""
     packages = Path(sysconfig.get_path("purelib"))
     found = [*packages.glob("triton/backends/nvidia/bin/cuobjdump"), *packages.glob("nvidia/cu*/bin/cuobjdump")]
     return shutil.which("cuobjdump") or (str(found[0]) if found else None)

@@ -23,7 +23,7 @@ from pathlib import Path
 from try_torch import run
 
 ROOT = Path(__file__).parent.parent
-NEWEST = "newest"  # that torch accepts
+NEWEST = "newest"  # the newest that torch accepts
 ROWS = (
     "3.10:2.10.0:65.5.0",  # the oldest of everything
     "3.11:2.11.0:65.5.0",
@@ -46,7 +46,7 @@ def find_python(version: str) -> Path:
 
 
 def attempt(python: str, torch: str, setuptools: str) -> tuple[str, ...]:
-    """A row of the table; raises where something fails."""
+    """Returns a row of the table; raises where something fails."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run(find_python(python), "-m", "venv", folder / "venv", cwd=folder)
@@ -60,7 +60,7 @@ def attempt(python: str, torch: str, setuptools: str) -> tuple[str, ...]:
             (source / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, source / file)
 
-        # Whether it builds and is right does not depend on the optimiser, which takes most of the time.
+        # The optimiser takes most of the time, and does not decide whether the code builds and is right.
         os.environ.update(TORCHFAST_BUILD="require", TORCHFAST_CUDA="0", CXXFLAGS="-O1")
         run(interpreter, "setup.py", "--quiet", "build_ext", "--inplace", cwd=source)
         info = json.loads(run(interpreter, "-m", "torchfast.info", "--json", cwd=source))

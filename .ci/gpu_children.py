@@ -19,7 +19,7 @@ ROOT = HERE.parent
 GRACE = 5  # seconds between the request to stop and the end
 STALL = 90  # seconds without news, after which a check counts as hung
 SAVE = 10  # seconds between savings of what a crew has found
-LOG_BYTES = 500_000  # of each child, in log.txt
+LOG_BYTES = 500_000  # log.txt has so many of each child
 
 Result = dict[str, Any]
 alive: set[subprocess.Popen[bytes]] = set()
@@ -34,9 +34,9 @@ class Proof:
     dry: bool
     cores: int
     have: set[str] = field(default_factory=set)
-    """Modules and tools."""
+    """The modules and tools that are here."""
     tested: list[Result] = field(default_factory=list)
-    """By pytest, in all steps."""
+    """What pytest has tested in all steps."""
 
     @property
     def device(self) -> str:
@@ -44,12 +44,12 @@ class Proof:
 
     @property
     def processes(self) -> int:
-        """Of a step that compiles: Triton takes one core each."""
+        """A step that compiles has so many: Triton takes one core each."""
         return max(1, min(12, self.cores - 1))
 
     @property
     def interpreted(self) -> dict[str, str]:
-        """Of a rehearsal: where the Triton kernels serve the CPU."""
+        """A rehearsal's environment, in which the Triton kernels serve the CPU."""
         return {"TRITON_INTERPRET": "1", "TORCHFAST_DISABLE_NATIVE": "1"} if self.dry else {}
 
     def log(self, title: str, text: str) -> None:
@@ -67,14 +67,14 @@ def start(command: list[Any], log: Path, variables: dict[str, str]) -> subproces
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its own children end with it
+            start_new_session=True,  # its own children end with it
         )
     alive.add(child)
     return child
 
 
 def stop(child: subprocess.Popen[bytes], patience: float) -> None:
-    """Asks as Ctrl-C does, and after some seconds kills what is left, its children too."""
+    """Asks a process to stop as Ctrl-C does, and after some seconds kills what is left, its children too."""
     for number, seconds in (signal.SIGINT, patience), (signal.SIGKILL, 30):
         try:
             os.killpg(child.pid, number)
@@ -85,7 +85,7 @@ def stop(child: subprocess.Popen[bytes], patience: float) -> None:
 
 
 def bounded(proof: Proof, title: str, command: list[Any], seconds: float, **variables: str) -> tuple[int | None, str]:
-    """Exit code, None where it was stopped at its limit; and what it printed, which also goes into the log."""
+    """Returns the exit code, None if it was stopped at its limit, and what it printed, which also goes into the log."""
     log = proof.work / "bounded.log"
     log.unlink(missing_ok=True)
     grace = min(GRACE, seconds / 4)
@@ -131,7 +131,7 @@ class Member:
             self.lines.end(culprit, [f"{why}\n{self.tail()}"])
         elif code == 0:
             self.done = True
-        elif self.lines.size() == self.at_begin:  # it began nothing, and a new one would not either
+        elif self.lines.size() == self.at_begin:  # the process began nothing, and a new one would not either
             self.lines.end(f"process {self.share}", [f"{why}\n{self.tail()}"])
             self.done = True
         if not self.done:
@@ -151,7 +151,7 @@ def crew(
     variables: dict[str, str] | None = None,
     stall: float = STALL,
 ) -> tuple[list[Result], bool]:
-    """What the processes found that share the checks, and whether time ended before they did. Saves it on the way."""
+    """Returns what the processes found that share the checks, and if time ended before them. Saves it on the way."""
     ends = time.monotonic() + seconds
     folder = proof.work / name
     folder.mkdir()

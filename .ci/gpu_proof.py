@@ -41,7 +41,7 @@ CONTRACT = (
     *("losses/test_linear_cross_entropy", "metrics/test_classification", "metrics/test_regression"),
     *("metrics/test_classification_module", "test_selftest", "test_dtypes", "test_no_data"),
 )
-NEEDED = {  # by tests, beyond pytest and hypothesis
+NEEDED = {  # tests need these beyond pytest and hypothesis
     "sklearn": ("metrics/test_classification", "metrics/test_regression"),
     "torchmetrics": ("metrics/test_ranking_module", "metrics/test_classification_module"),
 }
@@ -62,7 +62,7 @@ def worker(proof: Proof, what: str, *arguments: Any) -> list[Any]:
 
 
 def json_in(text: str) -> Any:
-    """The last line that is an object: warnings may precede it."""
+    """Reads the last line that is an object: warnings may precede it."""
     return next((json.loads(line) for line in reversed(text.splitlines()) if line.startswith("{")), None)
 
 
@@ -131,11 +131,11 @@ def contract(proof: Proof, seconds: float) -> Outcome:
 
 
 def benchmark(proof: Proof, seconds: float) -> Outcome:
-    """Some losses and the ranking metrics with torch.compile among the peers, which takes seconds a case; then all
-    other losses without."""
+    """Measures some losses and the ranking metrics with torch.compile among the peers, which takes seconds a case; then
+    all other losses without it."""
     ends, figures = time.monotonic() + seconds, proof.out / "benchmark.jsonl"
     options = ["--budget", 0.3, "--rounds", 1, "--csv", proof.out / "benchmark.csv", "--figures", figures]
-    shares = {"losses": 0.45, "ranking": 0.6, "others": 1.0}  # of the time that is left then
+    shares = {"losses": 0.45, "ranking": 0.6, "others": 1.0}  # parts of the time that is left at that point
     cut, problems = False, []
     for name, share in shares.items():
         chosen = ["--only", BENCHMARKED[name], *(["--no-compile"] if name == "others" else [])]
@@ -153,10 +153,10 @@ def benchmark(proof: Proof, seconds: float) -> Outcome:
 
 def sanitizer(tool: str) -> Callable[[Proof, float], Outcome]:
     def step(proof: Proof, seconds: float) -> Outcome:
-        """On the smallest samples: everything takes a hundred times as long."""
+        """Runs the smallest samples alone: everything takes a hundred times as long."""
         lines = Lines(proof.work / f"{tool}.jsonl")
         command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--report-api-errors", "no"]
-        # Memory is not cached, or an access beyond a tensor would meet another one.
+        # Memory must not be cached: an access beyond a tensor would meet another one.
         variables = {"GPU_LINES": str(lines.path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **proof.interpreted}
         few = ["--most", 1] if proof.dry else ["--most", 2, "--native-only"]
         command += worker(proof, "selftest", "--dtypes", "float32", *few)
@@ -171,7 +171,7 @@ def sanitizer(tool: str) -> Callable[[Proof, float], Outcome]:
 
 
 def sanitizer_findings(text: str) -> list[str]:
-    """Each kind once, with its number: the first line of a finding is not indented, and remarks are none."""
+    """Lists each kind of finding once, with its number. Its first line is not indented; remarks are left out."""
     remark = r"\s|COMPUTE-SANITIZER|[A-Z]+ SUMMARY|Target application|$"
     found = re.findall(rf"^========= (?!{remark})(.+)", text, re.MULTILINE)
     return [f"{found.count(line)} x {line}" for line in dict.fromkeys(found)]
@@ -197,7 +197,7 @@ class Step:
     name: str
     run: Callable[[Proof, float], Outcome]
     seconds: float | None
-    """Of a budget of SECONDS; None: all that the others leave."""
+    """The step's part of a budget of SECONDS; None means all that the others leave."""
     needs: tuple[str, ...] = ()
 
 
@@ -218,7 +218,7 @@ STEPS = (
 
 
 def limit_of(step: Step, later: Sequence[Step], left: float, total: float) -> float:
-    """In proportion to the budget. The one without a limit has what the later ones do not need."""
+    """Limits are in proportion to the budget. The step without one has what the later steps do not need."""
     scale = total / SECONDS
     if step.seconds is not None:
         return max(0.0, min(step.seconds * scale, left))
@@ -264,9 +264,9 @@ COSTS = {
 
 
 def tools() -> set[str]:
-    """Of COSTS, what is here and no module of Python."""
+    """Returns what of COSTS is here, modules of Python left out."""
     found = {name for name in COSTS if shutil.which(name)}
-    if os.environ.get("CC") or shutil.which("clang"):  # which Triton takes as well
+    if os.environ.get("CC") or shutil.which("clang"):  # Triton takes clang as well
         found.add("gcc")
     if Path(sysconfig.get_path("include"), "Python.h").exists():
         found.add("Python.h")
@@ -274,13 +274,14 @@ def tools() -> set[str]:
 
 
 def build(proof: Proof, seconds: float, capability: str | None) -> Outcome:
-    """For this GPU alone."""
+    """Builds for this GPU alone."""
     archs = {"TORCH_CUDA_ARCH_LIST": capability} if capability else {}
     command = python("setup.py", "build_ext", "--inplace")
     began = time.monotonic()
     code, text = bounded(proof, "build", command, seconds, MAX_JOBS=str(proof.cores), **archs)
     outcome = Outcome("build", "done", seconds=time.monotonic() - began)
-    fallback = [line for line in text.splitlines() if line.startswith("torchfast: ")]  # to pure Python
+    # Such a line says that the build fell back to pure Python.
+    fallback = [line for line in text.splitlines() if line.startswith("torchfast: ")]
     if code is None:
         fallback = [f"stopped after {seconds:.0f} s"]
     if code != 0 or fallback:
@@ -334,7 +335,7 @@ def prove(args: argparse.Namespace, proof: Proof) -> int:
     outcomes: list[Outcome] = []
 
     def tell(outcome: Outcome | None = None) -> str:
-        """The summary, which is up to date after each step."""
+        """Writes the summary, so that it is up to date after each step."""
         outcomes.extend([outcome] if outcome else [])
         text = summary(machine, missing, outcomes)
         (proof.out / "summary.txt").write_text(text)

@@ -20,11 +20,11 @@ from gpu_report import Lines, last_line
 LINES = Lines(Path(os.environ["GPU_LINES"]))
 WORKER, WORKERS = map(int, os.environ["GPU_WORKER"].split("/"))
 LOST = 70  # exit code: the GPU is unusable for this process, and for it alone
-found: dict[str, dict] = {}  # of the tests under way
+found: dict[str, dict] = {}  # what the tests under way have found
 
 
 def by_value(names: list[str]) -> list[str]:
-    """Breadth first: the further parameters of a test, in random order, each behind those of all other tests."""
+    """Sorts breadth first: a test's further parameters, in random order, each come behind those of all other tests."""
     generator = random.Random(0)
     places = {}
     for _, group in itertools.groupby(names, key=lambda name: name.partition("[")[0]):
@@ -33,7 +33,7 @@ def by_value(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: ("compile" in name, places[name]))  # stable: files stay in the order given
 
 
-@pytest.hookimpl(trylast=True)  # when the others have deselected
+@pytest.hookimpl(trylast=True)  # other plugins have deselected before
 def pytest_collection_modifyitems(config, items):
     of_name = {item.nodeid: item for item in items}
     share = by_value(list(of_name))[WORKER::WORKERS]
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def failure(report):
-    """What is wrong, and then pytest's traceback."""
+    """Says what is wrong, and then gives pytest's traceback."""
     crash = getattr(report.longrepr, "reprcrash", None)
     return f"{crash.message.splitlines()[0] if crash else last_line(report.longreprtext)}\n{report.longreprtext}"
 
@@ -76,7 +76,7 @@ def pytest_runtest_logfinish(nodeid):
 
 def pytest_sessionfinish(session, exitstatus):
     if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
-        session.exitstatus = 0  # it came to its end, and what failed is in the lines
+        session.exitstatus = 0  # the session came to its end, and what failed is in the lines
 
 
 def gpu_is_lost() -> bool:

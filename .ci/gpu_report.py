@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 
 WIDTH = 80
 HEIGHT = 40
-LOW = 0.8  # of the copy bandwidth: a row below it is named
-LOST = 0.95  # 5 % is noise
+LOW = 0.8  # a row below this part of the copy bandwidth is named
+LOST = 0.95  # a peer that takes less of our time wins: 5 % is noise
 FULL_TEXTS = 300  # failures whose traceback is kept whole
 
 
@@ -38,7 +38,7 @@ class Lines:
         return found
 
     def size(self) -> int:
-        """It grows with every piece of news."""
+        """The size grows with every piece of news."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def write(self, **line: Any) -> None:
@@ -46,7 +46,7 @@ class Lines:
             file.write(json.dumps(line) + "\n")
 
     def begin(self, name: str) -> bool:
-        """False where that was begun before: by a process that it killed, say."""
+        """Returns False if the check was begun before: by a process that it killed, say."""
         if name in self.begun:
             return False
         self.begun.add(name)
@@ -54,17 +54,17 @@ class Lines:
         return True
 
     def end(self, name: str, failures: Iterable[str] = (), **more: Any) -> None:
-        """Of a failure the first line says it all, and what it rests on follows."""
+        """Writes the end of a check. A failure's first line says it all; what that rests on follows."""
         self.write(end=name, failures=[failure[:8000] for failure in failures], **more)
 
 
 def results(files: Iterable[Lines]) -> list[dict[str, Any]]:
-    """What has ended."""
+    """Lists what has ended."""
     return [line for lines in files for line in lines.read() if "end" in line]
 
 
 def unfinished(lines: Lines) -> str | None:
-    """What was begun last and has not ended: a process does one thing at a time."""
+    """Returns what was begun last and has not ended: a process does one thing at a time."""
     found = lines.read()
     begun = [line["begin"] for line in found if "begin" in line]
     ended = {line["end"] for line in found if "end" in line}
@@ -88,7 +88,7 @@ class Outcome:
 
 
 def of_results(step: str, what: str, ended: list[dict[str, Any]], cut: bool) -> Outcome:
-    """Of samples, tests or checks, each of which has a list of failures."""
+    """Sums up samples, tests or checks, each of which has a list of failures."""
     failed = [line for line in ended if line["failures"]]
     skipped = sum("skipped" in line for line in ended)
     said = f"{len(ended)} {what}, {len(failed)} failed" + f", {skipped} skipped" * bool(skipped)
@@ -99,7 +99,7 @@ def of_results(step: str, what: str, ended: list[dict[str, Any]], cut: bool) -> 
 
 
 def of_benchmark(rows: list[dict[str, Any]], cut: bool) -> Outcome:
-    """``rows`` are those of ``benchmarks/run.py --figures``."""
+    """Sums up ``rows``, which ``benchmarks/run.py --figures`` has written."""
     found = Outcome("benchmark", f"{len(rows)} cases" + ", cut at its limit" * cut)
     for row in rows:
         found.wrong += [f"{row['case']}: {note}" for note in row["notes"] if note.startswith("torchfast")]
@@ -121,7 +121,7 @@ def first_line(text: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """What a traceback says in the end."""
+    """Returns what a traceback says in the end."""
     return first_line("\n".join(reversed(text.splitlines())))
 
 
@@ -129,7 +129,7 @@ def last_line(text: str) -> str:
 
 
 def junit(ended: list[dict[str, Any]], cut: bool) -> bytes:
-    """JUnit's XML of the tests that ended."""
+    """Writes JUnit's XML of the tests that ended."""
     failed = sum(bool(line["failures"]) for line in ended)
     skipped = sum("skipped" in line for line in ended)
     counts = {"tests": len(ended), "failures": failed, "errors": 0, "skipped": skipped}
@@ -152,7 +152,7 @@ def junit(ended: list[dict[str, Any]], cut: bool) -> bytes:
 
 
 def printable(text: str) -> str:
-    """XML has no control characters."""
+    """Drops control characters, which XML has not."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
@@ -160,7 +160,7 @@ def printable(text: str) -> str:
 
 
 def summary(machine: str, missing: dict[str, str], outcomes: list[Outcome]) -> str:
-    """One screen: what ran, and first of each kind what is wrong, what is slow, what loses; then how many more."""
+    """Fills one screen: what ran, and the first ones of what is wrong, what is slow, what loses; then how many more."""
     lines = textwrap.wrap(machine, WIDTH)
     if missing:
         text = "; ".join(f"{name} ({why})" for name, why in missing.items())

@@ -26,7 +26,7 @@ from gpu_report import Lines
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-LOST = 70  # exit code, as of gpu_pytest.py
+LOST = 70  # exit code, the same as gpu_pytest.py's
 OPTIONAL = ("triton", "pytest", "hypothesis", "numpy", "sklearn", "torchmetrics", "rich", "liger_kernel")
 
 Tensors = tuple[Tensor, ...]
@@ -46,13 +46,13 @@ def probe() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-        if torch.version.cuda:  # on ROCm it means nothing to a compiler
+        if torch.version.cuda:  # on ROCm the capability means nothing to a compiler
             found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
     return found
 
 
 def info(device: str) -> dict[str, Any]:
-    """copy_ reads and writes: the best of some, over more memory than any cache holds."""
+    """Takes the best of some calls of copy_, which reads and writes, over more memory than any cache holds."""
     from torchfast.info import report
 
     nbytes = 1 << 30 if device == "cuda" else 1 << 26
@@ -77,13 +77,13 @@ def synchronize(device: str) -> None:
 
 
 def share() -> tuple[int, int]:
-    """The number of this process, and of all."""
+    """Returns the number of this process, and how many there are."""
     worker, workers = map(int, os.environ.get("GPU_WORKER", "0/1").split("/"))
     return worker, workers
 
 
 def attempt(lines: Lines, name: str, device: str, check: Callable[[], list[str]], taints: bool = False) -> None:
-    """``taints``: after a failure further ones may mean nothing, as behind a capture that broke off."""
+    """Runs one check. With ``taints``, failures after its own may mean nothing, as behind a capture that broke off."""
     if not lines.begin(name):
         return
     start = time.perf_counter()
@@ -109,7 +109,7 @@ def is_lost(device: str) -> bool:
 
 
 def selftest(lines: Lines, device: str, dtypes: list[str], most: int | None, native_only: bool) -> None:
-    """Every WORKERS-th sample: of all ops in fp32 first, where most of what can be wrong is wrong."""
+    """Checks every WORKERS-th sample, those of all ops in fp32 first: most of what can be wrong is wrong there."""
     from torchfast import _triton
     from torchfast.info import report
     from torchfast.selftest import check, checked
@@ -151,7 +151,7 @@ def ranking_inputs(device: str, queries: int, documents: int) -> Tensors:
 
 
 def calls(device: str) -> dict[str, tuple[Callable[[], Tensors], Callable[..., Tensors]]]:
-    """By name: what makes inputs, and what makes outputs of them. Shapes reach each way to share out the work."""
+    """Returns by name what makes inputs, and what makes outputs of them. Shapes reach each way to share out work."""
     import torchfast
     from torchfast.metrics import ranking_metrics
 
@@ -195,13 +195,13 @@ def calls(device: str) -> dict[str, tuple[Callable[[], Tensors], Callable[..., T
 
 
 class Cuda:
-    """Where the checks below run. ``Rehearsal`` has the same methods, without streams."""
+    """The checks below run here. ``Rehearsal`` has the same methods, without streams."""
 
     device = "cuda"
 
     def late(self, fill: Callable[[], None], run: Callable[[], Tensors], streams: int = 1) -> list[Tensors]:
-        """On side streams at once, behind inputs that come late: a kernel that does not wait for its own stream, or
-        shares memory with the other one, reads what is not there yet."""
+        """Runs on side streams at once, behind inputs that come late: a kernel that does not wait for its own stream,
+        or shares memory with the other one, reads what is not there yet."""
         each = [torch.cuda.Stream() for _ in range(streams)]
         results = []
         torch.cuda.synchronize()
@@ -244,7 +244,7 @@ class Rehearsal:
 def checks(
     machine: Cuda | Rehearsal, make: Callable[[], Tensors], step: Callable[..., Tensors], exact: bool
 ) -> dict[str, Callable[[], list[str]]]:
-    """Each gives what differs from plain calls."""
+    """Returns checks, each of which returns what differs from plain calls."""
     buffers, others, inputs = make(), make(), make()
 
     def fill(values: Tensors) -> None:
@@ -290,7 +290,7 @@ def streams(lines: Lines, machine: Cuda | Rehearsal) -> None:
     torch.manual_seed(0)
     worker, workers = share()
     for name, (make, step) in list(calls(machine.device).items())[worker::workers]:
-        exact = not name.startswith("linear")  # whose products another stream may add up in another order
+        exact = not name.startswith("linear")  # another stream may add up its products in another order
         for what, check in checks(machine, make, step, exact).items():
             attempt(lines, f"{name}, {what}", machine.device, check, taints=True)
 
@@ -299,7 +299,7 @@ def streams(lines: Lines, machine: Cuda | Rehearsal) -> None:
 
 
 def kernels(device: str) -> None:
-    """Forward and backward of both losses, and the ranking of short and of long queries."""
+    """Runs forward and backward of both losses, and the ranking of short and of long queries."""
     found = calls(device)
     scale = 1 if device == "cuda" else 64
     _, cross_entropy = next(step for name, step in found.items() if name.startswith("cross entropy"))

@@ -71,7 +71,7 @@ class Ranges(io.RawIOBase):
 
 
 def fetch_headers(torch: str, folder: Path) -> None:
-    """torch/include of a release into the folder."""
+    """Puts torch/include of a release into the folder."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed"]
     asked = subprocess.run([*pip, "--report", "-", f"torch=={torch}"], capture_output=True, text=True)
     if asked.returncode:
@@ -87,7 +87,7 @@ def fetch_headers(torch: str, folder: Path) -> None:
 
 
 def compile_all(include: Path) -> list[str]:
-    """What the compiler says of each file that does not compile."""
+    """Returns what the compiler says of each file that does not compile."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     stable = [f"-I{CSRC}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     module = [*BUILD, f"-I{CSRC}", f"-isystem{sysconfig.get_path('include')}"]

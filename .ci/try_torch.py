@@ -23,7 +23,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def attempt(wheel: Path, torch: str) -> str:
-    """A line for the table; raises where something fails."""
+    """Returns a line for the table; raises where something fails."""
     wanted = "torch" if torch == "newest" else f"torch=={torch}"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

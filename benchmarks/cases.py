@@ -26,7 +26,8 @@ Step = Callable[..., Tensor]
 
 
 class Aims(NamedTuple):
-    """At least so many times faster than a peer; at most so many times logits.clone(), or reading all inputs."""
+    """torchfast aims to be at least so many times faster than a peer, and to take at most so many times as long as
+    logits.clone(), or as reading all inputs."""
 
     eager: float | None = None
     compile: float | None = None
@@ -44,7 +45,7 @@ class Truth(NamedTuple):
     """The part of a contender's gradient that ``gradient`` is the truth of."""
 
     def errors(self, loss: Tensor, gradient: Tensor) -> tuple[float, float]:
-        """Of the loss, relative; of the gradient, relative to its largest element."""
+        """Returns the loss's relative error, and the gradient's relative to its largest element."""
         difference = self.pick(gradient).double() - self.gradient
         # abs() of a NaN is not <= any tolerance, so NaN and inf fail as they should.
         return abs(loss.item() / self.loss - 1), (difference.abs().max() / self.gradient.abs().max()).item()
@@ -61,7 +62,7 @@ class Case:
     truth: Callable[..., Truth]
     aims: Aims
     floors: dict[str, Step] = dataclasses.field(default_factory=dict)
-    """Besides copy_ and clone."""
+    """The floors besides copy_ and clone."""
     slow: bool = False
     """Has contenders that are too slow for --quick."""
     if_asked: bool = False
@@ -69,13 +70,13 @@ class Case:
     read_too: int = 0
     """Tensors of the logits' size and dtype that both passes must read besides them."""
     features: int = 1
-    """Of the linear layer that makes the logits; the shape has them too."""
+    """The width of the input of the linear layer that makes the logits; the shape has it too."""
     bytes_read: int = 0
-    """By a metric, which writes next to nothing and has no gradient: the size of its inputs."""
+    """The size of a metric's inputs: it writes next to nothing, and has no gradient."""
 
     @property
     def elements(self) -> int:
-        """Of the logits."""
+        """The number of the logits."""
         return math.prod(self.shape) // self.features
 
     @property
@@ -90,7 +91,7 @@ class Case:
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
-#: torchfast's error <= 2 x eager's own error at that dtype + this; relative to the largest truth.
+#: torchfast's error may be 2 x eager's own error at that dtype + this, relative to the largest truth.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 #: Peers only have to be the right formula: torch.compile adds 100k rows up with errors near 1e-4.
 PEER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -145,7 +146,7 @@ LOSSES = (CE, CE_LS, FOCAL, FOCAL_LS_W)
 def softmax_inputs(
     shape: tuple[int, ...], dtype: torch.dtype, loss: Loss, device: str, channels_last: bool, ignored: float
 ) -> Inputs:
-    """Logits of a half-trained model: the right class is raised by 0 to 12, so p covers (0, 1)."""
+    """Makes logits of a half-trained model: the right class is raised by 0 to 12, so that p covers (0, 1)."""
     rows, classes = (shape[0], *shape[2:]), shape[1]
     target = torch.randint(classes, rows, device=device)
     logits = torch.randn(shape, device=device).mul_(2)
@@ -194,7 +195,7 @@ def liger_contender(loss: Loss, shape: tuple[int, ...]) -> dict[str, Step]:
 
 
 def softmax_truth(loss: Loss, logits: Tensor, target: Tensor, weight: Tensor | None) -> Truth:
-    """Rows are independent: the loss of all, in fp64 chunks, and the gradient of a few of them."""
+    """Computes the loss of all rows, in fp64 chunks, and the gradient of a few: rows are independent."""
     classes = logits.shape[1]
     e = loss.label_smoothing
     w = logits.new_ones(classes, dtype=torch.float64) if weight is None else weight.double()
@@ -265,7 +266,7 @@ ASYMMETRIC = Sigmoid("asymmetric", alpha=-1.0, gamma=1.0, gamma_neg=4.0, clip=0.
 
 
 def sigmoid_inputs(shape: tuple[int, int], dtype: torch.dtype, loss: Sigmoid, device: str) -> Inputs:
-    """Logits, targets and their float form. One label a row, whose logit is raised by 0 to 12; a tenth has none."""
+    """Makes logits, targets and their float form. A label's logit is raised by 0 to 12; a tenth of rows has none."""
     rows, classes = shape
     ids = torch.randint(classes, (rows,), device=device)
     logits = torch.randn(shape, device=device).mul_(2)
@@ -310,7 +311,7 @@ def sigmoid_contenders(loss: Sigmoid) -> dict[str, Step]:
 
 
 def sigmoid_truth(loss: Sigmoid, logits: Tensor, _: Tensor, one_hot: Tensor) -> Truth:
-    """In fp64 chunks of rows: the loss of all, and the gradient of a few."""
+    """Computes the loss of all rows, in fp64 chunks, and the gradient of a few."""
     x, y = logits.detach(), one_hot
     chunk = max(1, 2**20 // x.shape[1])
     chunks = zip(x.split(chunk), y.split(chunk), strict=True)

@@ -21,7 +21,7 @@ class Values(NamedTuple):
     values: Tensor
 
     def errors(self, values: Tensor, _: Tensor | None) -> tuple[float, float]:
-        """Of the values that a contender has, always the first ones; there is no gradient."""
+        """Compares the values that a contender has, always the first ones; there is no gradient."""
         return (values.double() - self.values[: len(values)]).abs().max().item(), 0.0
 
 
@@ -39,7 +39,7 @@ AREAS = ("roc_auc", "average_precision")
 
 
 def scored(samples: int, device: str) -> Inputs:
-    """Of a model that has learnt something."""
+    """Makes scores of a model that has learnt something."""
     target = torch.randint(2, (samples,), device=device)
     order = (torch.randn(samples, device=device) + target).argsort()
     scores = torch.empty(samples, device=device)
@@ -48,7 +48,7 @@ def scored(samples: int, device: str) -> Inputs:
 
 
 def naive_areas(scores: Tensor, target: Tensor) -> Tensor:
-    """One sort for both areas, and no ties: what people write."""
+    """Sorts once for both areas, and knows no ties: this is what people write."""
     y = target[scores.argsort(descending=True)]
     hits = y.cumsum(0)
     positives, n = hits[-1], len(y)
@@ -109,7 +109,7 @@ def areas_case(samples: int, family: str = "classification") -> Case:
 
 
 class Decisions(NamedTuple):
-    """Accuracy, F1, confusion matrix."""
+    """Gives accuracy, F1 and the confusion matrix."""
 
     names: tuple[str, str, str]
     classes: int
@@ -127,7 +127,7 @@ class Decisions(NamedTuple):
         return torch.cat([(right.sum() / matrix.sum())[None], f1[None], matrix.flatten()])
 
     def torchmetrics(self, preds: Tensor, target: Tensor) -> Tensor:
-        """As one collection, whose members share their counts."""
+        """Uses one collection, whose members share their counts."""
         from torchmetrics import MetricCollection
         from torchmetrics import classification as of
 
@@ -158,7 +158,7 @@ class Decisions(NamedTuple):
         return torch.cat([torch.stack(found).double(), matrix.double().flatten()])
 
     def sklearn(self, preds: Tensor, target: Tensor) -> Tensor:
-        """From the predictions that NumPy makes of the scores."""
+        """Starts from the predictions that NumPy makes of the scores."""
         from sklearn import metrics
 
         x, y = preds.numpy(), target.numpy()

@@ -45,14 +45,14 @@ try:
 except ImportError:
     from plain import Console
 
-MOVED = {"fwd": 1, "fwd+bwd": 3, "graph": 3, "floor": 2}  # times the size of the logits, at least
+MOVED = {"fwd": 1, "fwd+bwd": 3, "graph": 3, "floor": 2}  # so many times the logits' size moves at least
 PEERS = ("eager", "torch.compile", "liger", "torchmetrics")
-#: Why a capture is not even tried: one that fails may leave the allocator in capture, for all that follow.
+#: These say why a capture is not even tried: one that fails may leave the allocator in capture, for all that follow.
 WAITS = {
     "liger": "no graph: it reads counts back to the host (.item())",
     "torchmetrics": "no graph: it takes each query in turn, on the host",
 }
-AIM = 0.9  # of the copy bandwidth, for rows of at least 4k classes
+AIM = 0.9  # the part of the copy bandwidth that rows of at least 4k classes aim at
 
 Run = Callable[[], Any]
 Written = tuple[Tensor, Tensor | None]
@@ -95,11 +95,11 @@ class Gpu:
         return until_loss, torch.cuda.max_memory_allocated() - before
 
     def time(self, run: Run, moved: int, milliseconds: float) -> list[float]:
-        """Seconds of each call. ``moved``: bytes, all that a clock without a GPU has to go by."""
+        """Returns the seconds of each call. A clock without a GPU has only ``moved``, the bytes, to go by."""
         return [ms / 1e3 for ms in triton.testing.do_bench(run, milliseconds / 4, milliseconds, return_mode="all")]
 
     def capture(self, run: Callable[[], Written]) -> tuple[Run, Written]:
-        """The replay of a run, and the tensors that it writes."""
+        """Returns the replay of a run, and the tensors that it writes."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         gc.collect()  # a graph has memory of its own, and a capture frees nobody else's
         torch.cuda.synchronize()
@@ -113,7 +113,7 @@ class Gpu:
     def take_turns(
         self, steps: dict[str, Step], inputs: list[Inputs], truth: Truth, args: argparse.Namespace
     ) -> dict[str, dict[str, list[float] | str]]:
-        """By contender and by what was timed: seconds, or why there are none."""
+        """Returns the seconds, or why there are none, by contender and by what was timed."""
         samples: dict[str, dict[str, list[float] | str]] = {name: {} for name in steps}
         runs = {}
         for name, step in steps.items():
@@ -139,7 +139,7 @@ class Gpu:
         def run() -> Written:
             for each in reversed(inputs):
                 written = with_gradient(step)(*each)
-            return written  # of the first, whose truth is known
+            return written  # what the first inputs gave, whose truth is known
 
         try:
             replay, written = self.capture(run)
@@ -162,14 +162,14 @@ def rotating(step: Step, inputs: list[Inputs]) -> Run:
 
 
 def moved(what: str, inputs: Inputs) -> int:
-    """Bytes, at least. A metric reads its inputs."""
+    """Returns how many bytes move at least. A metric reads its inputs."""
     if inputs[0].requires_grad or what == "floor":
         return MOVED[what] * inputs[0].nbytes
     return sum(tensor.nbytes for tensor in inputs)
 
 
 def with_gradient(step: Step) -> Callable[..., Written]:
-    """A metric has none."""
+    """Makes a step return its gradient, too; a metric has none."""
 
     def loss_and_gradient(*inputs: Any) -> Written:
         loss = step(*inputs)
@@ -193,7 +193,7 @@ def _driver() -> str:
 
 
 class ShapeTruth:
-    """All that can be right or wrong about tensors without data."""
+    """Checks all that can be right or wrong about tensors without data."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -212,7 +212,7 @@ class ShapeTruth:
 class DryRun(Gpu):
     device = "meta"
     max_rotated = 2
-    unable = ("liger", "torchmetrics")  # they read data back
+    unable = ("liger", "torchmetrics")  # these contenders read data back
 
     def __init__(self, bandwidth: float) -> None:
         self.bandwidth = bandwidth
@@ -284,7 +284,7 @@ def machine(args: argparse.Namespace) -> Iterator[Gpu]:
 
 
 def figures(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A line of the table: None for what was not measured. Of a peer: how many times slower it is."""
+    """Makes a line of the table, with None for what was not measured, and for each peer how many times slower it is."""
     times = {(r["contender"], r["what"]): float(r["p50_ms"]) for r in rows if "p50_ms" in r}
     ours, copy = times.get(("torchfast", "fwd+bwd")), times["copy_", "floor"]
     copied = MOVED["floor"] * case.elements * case.dtype.itemsize / copy / 1e6

@@ -48,7 +48,7 @@ def linear_contenders(loss: Loss) -> dict[str, Step]:
 
 
 def linear_truth(loss: Loss, linear_weight: Tensor, hidden: Tensor, target: Tensor, weight: Tensor | None) -> Truth:
-    """In fp64, in chunks of tokens: the loss of all, and the gradients of some classes' rows of the classifier."""
+    """Computes in fp64, in chunks of tokens, the loss of all and the gradients of some rows of the classifier."""
     classes = linear_weight.shape[0]
     w, e = linear_weight.detach().double(), loss.label_smoothing
     class_weight = w.new_ones(classes) if weight is None else weight.double()

@@ -14,7 +14,7 @@ except ImportError:
 
 
 def overview(headings: Sequence[str], rows: list[tuple[Case, list[str]]]) -> Table:
-    """Of the cases, under the names of their families; the last cell of each is its verdict."""
+    """Lists the cases under the names of their families; the last cell of each is its verdict."""
     table = Table(box=None, padding=(0, 1, 1, 0))  # a blank between columns, a line between rows
     table.add_column("case", overflow="fold", min_width=len("focal+LS+weights"))
     for heading in headings:

@@ -55,7 +55,7 @@ def short(value: float) -> str:
 
 
 def origin(row: Row) -> str:
-    """What the figures depend on, small print below the picture."""
+    """Puts what the figures depend on in small print below the picture."""
     kernels = "native kernels" if row["native"] == "True" else "the slow reference, no native kernels"
     where = row["cpu"]
     if row["device"] != "cpu":
@@ -68,7 +68,7 @@ def origin(row: Row) -> str:
 
 
 def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str, floors: dict[str, str]) -> None:
-    """A group of bars per case: time / that of the floor, logarithmic; the time itself at the end."""
+    """Draws a group of bars per case: time / the floor's time, logarithmic, with the time itself at the end."""
     ticks, limit, low = [], 1.0, 1.0
     found = dict.fromkeys(name for rows in cases.values() for name in rows)
     floor = next(name for name in FLOORS if all(name in rows for rows in cases.values()))
@@ -81,7 +81,7 @@ def bars(axes: Axes, cases: dict[tuple[str, str], dict[str, Row]], dtype: str, f
             row, y = rows.get(name), group + i * height
             if row is None:
                 continue
-            if not row["p50_ms"]:  # failed or wrong: said here too, not left out
+            if not row["p50_ms"]:  # what failed or is wrong is said here too, not left out
                 axes.text(1.0, y, f" {name}: {row['note'].split(':')[0]}", va="center", fontsize=7, color="red")
                 continue
             p50 = float(row["p50_ms"])
@@ -137,7 +137,7 @@ def scaling_picture(rows: list[Row]) -> Figure:
 
 
 def curve(axes: Axes, rows: list[Row]) -> None:
-    """Time against size: a straight line where a doubling doubles."""
+    """Draws time against size: a straight line where a doubling doubles."""
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
         if row["what"] in ("fwd+bwd", "floor") and row["contender"] in COLORS and row["p50_ms"]:

@@ -26,7 +26,7 @@ class RankingTruth(NamedTuple):
     means: Tensor
 
     def errors(self, values: Tensor, _: Tensor | None) -> tuple[float, float]:
-        """Of the metrics that a contender has, always the first ones; there is no gradient."""
+        """Compares the metrics that a contender has, always the first ones; there is no gradient."""
         return (values.double() - self.means[: len(values)]).abs().max().item(), 0.0
 
 
@@ -41,7 +41,7 @@ def ranking_inputs(shape: tuple[int, int], relevant: int, graded: bool, device: 
 
 
 def naive(preds: Tensor, target: Tensor) -> Tensor:
-    """One argsort for all metrics, and no ties: what people write."""
+    """Sorts once for all metrics, and knows no ties: this is what people write."""
     y = target.gather(1, preds.argsort(1, descending=True))
     gain, hit = y.to(preds.dtype), (y > 0).to(preds.dtype)
     rank = torch.arange(1, y.shape[1] + 1, device=y.device, dtype=preds.dtype)
@@ -54,7 +54,7 @@ def naive(preds: Tensor, target: Tensor) -> Tensor:
 
 
 def naive_top(preds: Tensor, target: Tensor) -> Tensor:
-    """NDCG@10 alone, which needs no sort."""
+    """Computes NDCG@10 alone, which needs no sort."""
     discount = 1 / torch.arange(2, 12, device=preds.device, dtype=preds.dtype).log2()
     gain = target.gather(1, preds.topk(10, 1).indices).to(preds.dtype)
     ideal = target.to(preds.dtype).topk(10, 1).values @ discount
@@ -93,7 +93,7 @@ def prepared(prepare: Callable[..., Any], step: Callable[[Any], Tensor]) -> Step
 
 
 def documents_of(preds: Tensor, target: Tensor) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, float]]]:
-    """qrels of the relevant documents, and the run, as trec_eval and ranx take them."""
+    """Makes qrels of the relevant documents, and the run, as trec_eval and ranx take them."""
     names = [f"d{d}" for d in range(preds.shape[1])]
     qrels, run = {}, {}
     for q, (scores, y) in enumerate(zip(preds.tolist(), target.tolist(), strict=True)):
@@ -103,7 +103,7 @@ def documents_of(preds: Tensor, target: Tensor) -> tuple[dict[str, dict[str, int
 
 
 def ranx_lists(preds: Tensor, target: Tensor) -> tuple[Any, Any]:
-    """Its innermost form: an array of (document, score) for each query, sorted already."""
+    """Makes ranx's innermost form: an array of (document, score) for each query, sorted already."""
     import numpy as np
     from numba.typed import List
 
@@ -144,7 +144,7 @@ def by_pytrec_eval(of: tuple[Any, Any]) -> Tensor:
 
 
 def by_sklearn(preds: Tensor, target: Tensor, ignore_ties: bool) -> Tensor:
-    """It has NDCG alone."""
+    """This contender has NDCG alone."""
     from sklearn.metrics import ndcg_score
 
     return torch.tensor([ndcg_score(target.numpy(), preds.numpy(), k=10, ignore_ties=ignore_ties)])
@@ -175,7 +175,7 @@ PEERS: dict[str, tuple[str, Step]] = {
 
 
 def read(preds: Tensor, target: Tensor) -> Tensor:
-    """The floor: every score and every target, once. The targets as int64: torch's sum of bools is slow."""
+    """The floor reads every score and every target once. Targets become int64: torch's sum of bools is slow."""
     return preds.sum() + target.flatten().view(torch.int64).sum()
 
 
@@ -224,7 +224,7 @@ def ranking_cases() -> Iterator[Case]:
 
 
 def gpu_ranking_cases() -> Iterator[Case]:
-    """Each kernel: a warp a query, a block a query, several blocks a query; and torchmetrics, which runs on GPUs."""
+    """Reaches each kernel (a warp, a block, several blocks a query); torchmetrics, which runs on GPUs, competes."""
     yield ranking_case((100_000, 100), 5, NO_AIMS)
     yield ranking_case((10_000, 1000), 10, NO_AIMS)
     yield ranking_case((10_000, 1000), 500, NO_AIMS)

@@ -42,7 +42,7 @@ def label(row: Row) -> str:
 
 
 def times(rows: list[Row], case: str) -> dict[str, float]:
-    """Milliseconds of each contender: of loss and gradient, or of the metrics, or of the floor."""
+    """Returns each contender's milliseconds for loss and gradient, or for the metrics, or for the floor."""
     found = {
         row["contender"]: float(row["p50_ms"])
         for row in rows
@@ -85,7 +85,7 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 
 def written(readme: str, rows: list[Row]) -> str:
-    """The text with the table in its place."""
+    """Returns the text with the table in its place."""
     block = "".join((START, *(f"{line}\n" for line in table(rows)), END))
     text, count = re.subn(f"{re.escape(START)}.*{re.escape(END)}", lambda _: block, readme, flags=re.DOTALL)
     if count != 1:

@@ -76,15 +76,15 @@ COLUMNS = """
     what calls p20_ms p50_ms p80_ms peak_bytes ratio_to_clone loss_error grad_error note
 """.split()
 
-SLOT_SECONDS = 1e-3  # a contender's turn: so many calls as fit, at least one
+SLOT_SECONDS = 1e-3  # a contender's turn has as many calls as fit, at least one
 MAX_ROUNDS = 200
-ENOUGH_SECONDS = 300  # for the rounds of a case, if there was one
-LARGE_ENOUGH_TO_WEIGH = 8 << 20  # bytes; the kernel counts resident pages in batches of 100s of KB
+ENOUGH_SECONDS = 300  # a case has no further round after them
+LARGE_ENOUGH_TO_WEIGH = 8 << 20  # in bytes; the kernel counts resident pages in batches of 100s of KB
 QUICK_ELEMENTS = {"cpu": 3 << 20, "cuda": 20_000_000}
 
 Row = dict[str, Any]
 Samples = dict[str, dict[str, list[float] | str]]
-"""By contender and by what was timed: seconds, or why there are none."""
+"""The seconds, or why there are none, by contender and by what was timed."""
 
 
 # ---- The CPU: its clock and its memory. The GPU's are in gpu.py, and have the same methods --------
@@ -190,10 +190,10 @@ def errors(name: str, step: Step, inputs: Inputs, truth: Truth) -> tuple[float, 
 
 
 def verify(case: Case, steps: dict[str, Step], inputs: Inputs, truth: Truth) -> dict[str, Row]:
-    """Per contender its errors, and in "note" why it is not to be timed."""
+    """Returns for each contender its errors, and in "note" why it is not to be timed."""
     found: dict[str, Row] = {}
     eager = (0.0, 0.0)
-    for name in sorted(steps, key=lambda name: name != "eager"):  # eager first, it sets our tolerance
+    for name in sorted(steps, key=lambda name: name != "eager"):  # eager comes first, since it sets our tolerance
         note, error = "", (math.nan, math.nan)
         peer = PEER_TOLERANCE[case.dtype]
         allowed = tuple(2 * e + TOLERANCE[case.dtype] for e in eager) if name == "torchfast" else (peer, peer)
@@ -239,7 +239,7 @@ def measure(case: Case, args: argparse.Namespace, machine: Cpu | Gpu) -> list[Ro
     for name in steps | floors:
         base = {"contender": name, **found.get(name, {"loss_error": "", "grad_error": "", "note": ""})}
         if name not in timed:
-            rows.append({**base, "what": "fwd+bwd"})  # without figures, with the reason
+            rows.append({**base, "what": "fwd+bwd"})  # the row has no figures, but the reason
             continue
         peak = dict(zip(timings(name), peaks[name], strict=False))
         for what, times in samples.get(name, {}).items():
@@ -280,7 +280,7 @@ def provenance(machine: Cpu | Gpu) -> Row:
         "torchfast": torchfast.__version__,
         "commit": commit,
         "dirty": dirty,
-        "native": machine.device != "cpu" or _native.unavailable_reason is None,  # a GPU's: Triton
+        "native": machine.device != "cpu" or _native.unavailable_reason is None,  # a GPU's are Triton's
         "torch": torch.__version__,
         "device": machine.name,
         "cpu": model[1] if model else platform.processor() or platform.machine(),
@@ -427,7 +427,7 @@ def main() -> None:
     if args.device == "cpu":
         return run(chosen, args, Cpu(), report)
     check_gpu(args.dry_run)
-    import gpu  # and with it Triton, which takes a second
+    import gpu  # this imports Triton, too, which takes a second
 
     with gpu.machine(args) as machine:
         if args.autotune:

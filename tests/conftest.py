@@ -57,7 +57,7 @@ def pytest_configure(config):
     if config.getoption("--full"):
         settings.load_profile("full")
     wanted = config.getoption("--kernel")
-    if wanted in ("triton", "reference", "emulator"):  # before torchfast is imported
+    if wanted in ("triton", "reference", "emulator"):  # this must be set before torchfast is imported
         os.environ["TORCHFAST_DISABLE_NATIVE"] = "1"
         os.environ["TRITON_INTERPRET"] = "1" if wanted == "triton" else "0"
     if wanted == "triton":
@@ -71,7 +71,7 @@ def pytest_configure(config):
 
 
 def served_by(device, metrics=False):
-    """Which kernels serve the losses, or the metrics, on the device."""
+    """Names the kernels that serve the losses, or the metrics, on the device."""
     from torchfast import _register
     from torchfast.info import report
 
@@ -91,14 +91,14 @@ def pytest_sessionstart(session):
             raise pytest.UsageError(
                 f"--kernel {wanted}, but the CPU's {what} are served by {served_by('cpu', metrics)}"
             )
-    terminal = session.config.pluginmanager.get_plugin("terminalreporter")  # not in xdist's workers
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")  # xdist's workers have none
     if terminal and not terminal.showheader:  # with -q, as in the Makefile, pytest has none
         for line in pytest_report_header(session.config):
             terminal.write_line(line)
 
 
 def processor():
-    """The CPU, and what of it the environment leaves to torchfast, torch and oneDNN: roundings depend on it."""
+    """Names the CPU, and what of it the environment leaves to torchfast, torch and oneDNN: roundings depend on it."""
     from torchfast.info import report
 
     build = report()["build"]
@@ -124,7 +124,7 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What a run leaves out: see above."""
+    """Deselects what a run leaves out: see the module's docstring."""
     kernel = config.getoption("--kernel") or "native"
     everything = kernel == "native" and not os.environ.get("TORCHFAST_ISA")
     tests = {}
@@ -139,7 +139,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def every_pair(items):
-    """Of a test's combinations of parameters: greedily, the one that has the most pairs which no other has yet."""
+    """Chooses combinations of a test's parameters, greedily the one with the most pairs that no other has yet."""
     given = getattr(items[0], "callspec", None)
     axes = [mark.args[0].replace(",", " ").split() for mark in items[0].iter_markers("parametrize")]
     axes += [[name] for name in (given.params if given else ()) if name not in itertools.chain(*axes)]
@@ -183,7 +183,7 @@ def metrics_kernel(device):
 
 @pytest.fixture
 def memory_of_one(tmp_path_factory):
-    """Of the tests that take 10 GB, one at a time, whatever the processes that pytest is run in."""
+    """Lets the tests that take 10 GB run one at a time, however many processes pytest is run in."""
     import fcntl
 
     with open(tmp_path_factory.getbasetemp().parent / "memory_of_one", "w") as lock:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: Without float8_e8m0fnu, of exponents alone: it has no 0, and torch's stable ABI does not know it.
+#: float8_e8m0fnu is left out: it has exponents alone and no 0, and torch's stable ABI does not know it.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 #: The dtypes of real numbers that torch computes with or converts. It has others, packed, quantised or bits, of
 #: which is_floating_point() and is_complex() say nothing: so what is taken is listed.
@@ -34,8 +34,8 @@ def check(name: str, ok: bool, given: object, allowed: object) -> None:
 
 
 def check_tensor(name: str, x: object, dtypes: Collection[torch.dtype], allowed: str, *, jagged: bool = False) -> None:
-    """What every tensor must be: of one of the dtypes, which ``allowed`` says in words, and dense. Sparse tensors have
-    no kernels, and torch's own errors do not name the argument."""
+    """Checks that a tensor has one of the dtypes, which ``allowed`` says in words, and is dense. Sparse tensors have no
+    kernels, and torch's own errors do not name the argument."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be {allowed}, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -59,7 +59,7 @@ def check_mask(name: str, mask: object) -> None:
 
 
 def widened(x: Tensor) -> Tensor:
-    """float8 becomes float32, which torch can compare: of other dtypes nothing changes."""
+    """Makes float8 float32, which torch can compare, and leaves other dtypes as they are."""
     return x.float() if x.dtype in FLOAT8 else x
 
 
@@ -77,7 +77,7 @@ def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
 
 
 def reduction_of(reduction: str, empty: str, normalizer: float | Tensor | None) -> int:
-    """The op's. What a normalizer divides is the sum."""
+    """The number of the op's reduction. A normalizer divides the sum."""
     check("reduction", reduction in REDUCTIONS, reduction, "'none', 'mean' or 'sum'")
     check("empty", empty in ("nan", "zero"), empty, "'nan' or 'zero'")
     if normalizer is None:
@@ -93,7 +93,7 @@ def normalized(loss: Tensor, normalizer: float | Tensor | None) -> Tensor:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether there are values to look at, and reading them is free (CPU) or asked for (TORCHFAST_CHECK=1)."""
+    """True if there are values to look at, and reading them is free (CPU) or asked for (TORCHFAST_CHECK=1)."""
     wanted = x.device.type == "cpu" or os.environ.get("TORCHFAST_CHECK") == "1"
     traced = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._are_functorch_transforms_active()
     return wanted and not traced
@@ -107,6 +107,6 @@ def check_range(target: Tensor, out_of_range: Tensor, allowed: str) -> None:
 
 
 def mean(loss_sum: Tensor, divisor: Tensor, empty_zero: bool) -> Tensor:
-    """Over a divisor of 0 the gradient is 0: the division that fails must not be differentiated."""
+    """Divides so that a divisor of 0 gives a gradient of 0: the division that fails must not be differentiated."""
     empty = torch.zeros_like(loss_sum) if empty_zero else (loss_sum / divisor).detach()
     return torch.where(divisor == 0, empty, loss_sum / torch.where(divisor == 0, 1.0, divisor))

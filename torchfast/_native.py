@@ -12,7 +12,7 @@ _HOW_TO_BUILD = (
     "in torchfast's sources, with torch and a C++ compiler: pip install --no-build-isolation --no-cache-dir ."
 )
 
-#: Where the kernels are; they know no Python, so that the name has none in it.
+#: The kernels are here; they know no Python, so that the name has none in it.
 LIBRARY = Path(__file__).with_name("_kernels.so")
 
 
@@ -22,7 +22,7 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return f"this installation has no compiled kernels; {_HOW_TO_BUILD}"
     try:
-        torch.ops.load_library(LIBRARY)  # which registers them
+        torch.ops.load_library(LIBRARY)  # it registers the kernels
     except OSError as error:
         return f"the compiled kernels cannot be loaded: {error}"
     return None

@@ -27,7 +27,7 @@ class Options:
 
 
 def as_object(function: Callable[..., Any], options: type[Options] | None, at: int) -> Callable[..., Any]:
-    """The function, which takes the options as its argument ``at``, as the op calls it: with each field."""
+    """Makes a function that takes the options as its argument ``at`` one that the op can call, with each field."""
     if options is None:
         return function
     end = at + len(options.__match_args__)

@@ -50,23 +50,23 @@ class Op:
     backward: Any
     autograd: type[torch.autograd.Function]
     differentiable: int
-    """How many of the inputs, the first ones, the backward op has gradients of."""
+    """The backward op has gradients of so many inputs, the first ones."""
     tensors: int
-    """How many of the inputs, the first ones, are tensors or None."""
+    """So many inputs, the first ones, are tensors or None."""
     inplace: bool
-    """Whether its last option is ``inplace_backward``."""
+    """True if its last option is ``inplace_backward``."""
     options: type[Options] | None
     around: str | None
     """The op whose kernels serve this one, which adds products of matrices around it."""
 
     def __call__(self, *inputs: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            # A custom op raises there, or silently loses tangents.
+            # A custom op raises inside of transforms, or silently loses tangents.
             return self.reference(*inputs)[0]
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled():
             required = [x is not None and x.requires_grad for x in inputs[: self.tensors]]
-            if any(required[self.differentiable :]):  # the backward op has no gradient of these
+            if any(required[self.differentiable :]):  # the backward op has no gradients of the further inputs
                 return self.reference(*inputs)[0]
             if any(required) and not compiling:
                 return self.autograd.apply(*inputs)
@@ -158,19 +158,19 @@ def register(
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensors], *residuals)
         ctx.options = inputs[tensors:]
-        # A hook, as of checkpointing or offloading, may keep what it hands out.
+        # A hook of checkpointing or offloading may keep what it hands out.
         ctx.hooked = several and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
     def again(inputs: list[Any], grad: Tensor, needs: tuple[bool, ...]) -> Iterable[Tensor]:
-        """The gradients that are needed, which can be differentiated again."""
+        """Gives the gradients that are needed, which can be differentiated again."""
         each = zip(inputs[:differentiable], needs, strict=True)
-        # Views: where one of the tensors is another, or was made from it, each has its own derivative.
+        # Views make each tensor have its own derivative, even if it is another one, or was made from it.
         own = [x.view_as(x) if need else x for x, need in each]
         wanted = [x for x, need in zip(own, needs, strict=True) if need]
         return torch.autograd.grad(reference(*own, *inputs[differentiable:])[0], wanted, grad, create_graph=True)
 
     def kept(ctx: Any, grad: Tensor) -> bool:
-        """Whether the gradients of the forward may be needed again: in a graph that is retained, or traced, and for
+        """True if the gradients of the forward may be needed again: in a graph that is retained, or traced, and for
         several upstream gradients (is_grads_batched=True)."""
         graph = ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph() or type(grad) is not Tensor
         batched = torch._C._dispatch_keys(grad).has("Batched")
@@ -215,8 +215,8 @@ def register(
     torch.library.register_autograd(f"torchfast::{name}", backward, setup_context=setup_context)
 
     class Fused(torch.autograd.Function):
-        """The same as the registered autograd, with less overhead on tiny inputs: outside torch.compile
-        the dispatcher needs not to call back into Python."""
+        """Does what the registered autograd does, with less overhead on tiny inputs: outside torch.compile
+        the dispatcher does not need to call back into Python."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -242,7 +242,7 @@ class Metric:
     """Plain PyTorch with the op's signature."""
     op: Any
     function: Callable[..., Any] | None
-    """The public function, for tests that iterate over the registry. None of a part, which its samples call too."""
+    """The public function, for tests that iterate over the registry. It is None for a part, which the samples call."""
     sample_inputs: Callable[..., Iterable[Sample]]
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:

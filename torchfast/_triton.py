@@ -21,20 +21,20 @@ from torchfast._register import Op
 
 
 def unavailable_reason() -> str | None:
-    """None when triton is installed (found, not imported), else why not."""
+    """Returns None if triton is installed (found, not imported), else why it is not."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install torchfast[triton]"
     return None
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run on CPU tensors, in its interpreter."""
+    """True if Triton kernels run on CPU tensors, in its interpreter."""
     return flag("TRITON_INTERPRET") and flag("TORCHFAST_DISABLE_NATIVE")
 
 
 def register(module: str, op: Op) -> None:
     """Registers the functions ``name``, ``name_backward`` and ``name_backward_`` of ``module`` as kernels for GPUs.
-    They take the op's options as one object, if it has such."""
+    They take the op's options as one object, if it has options."""
     if unavailable_reason():
         return
     devices = ("cuda", "xpu", "cpu") if interpreted() else ("cuda", "xpu")

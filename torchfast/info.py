@@ -28,8 +28,8 @@ def _guard(probe: Callable[[], Any]) -> Any:
 
 
 def _kernel(op: str, key: str) -> str:
-    """Which kernel the dispatcher holds for one op and backend: losses have Triton's for GPUs, metrics CUDA's. An op
-    around another one, of products of matrices, is served by that one's."""
+    """Names the kernel that the dispatcher holds for one op and backend: losses have Triton's for GPUs, metrics CUDA's.
+    An op that adds products of matrices around another op is served by that op's kernel."""
     if op in registry:
         op = registry[op].around or op
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"torchfast::{op}", key):
@@ -38,7 +38,7 @@ def _kernel(op: str, key: str) -> str:
 
 
 def _build() -> Any:
-    """What was built; of the kernels that serve here, the reason why it cannot be said."""
+    """Says what was built, or why that cannot be said of the kernels that serve here."""
     try:
         from torchfast import _C
     except ImportError:

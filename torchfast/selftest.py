@@ -44,12 +44,12 @@ SHOWN = 5  # failures of a row that the table shows
 
 
 def _upstream(loss: Tensor) -> Tensor:
-    """Uneven, so that a gradient of another row shows."""
+    """Makes uneven upstream gradients, so that a gradient of another row shows."""
     return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
 
 
 def _active(op: Op, sample: Sample, *, inplace: bool = False) -> list[Tensor]:
-    """The loss and the gradients, by the kernels that the dispatcher holds for the sample's device."""
+    """Gives the loss and the gradients by the kernels that the dispatcher holds for the sample's device."""
     inputs, function = op.partial(sample)
     leaves = [x.detach().requires_grad_() for x in inputs]
     loss = function(leaves[0].clone(), *leaves[1:], inplace_backward=True) if inplace else function(*leaves)
@@ -61,7 +61,7 @@ def _wide(inputs: Any) -> Any:
 
 
 def _truth(op: Op, sample: Sample) -> list[Tensor]:
-    """The same by the reference, which serves the public function inside of ``torch.func``."""
+    """Gives the loss and the gradients by the reference, which serves the public function inside of ``torch.func``."""
     inputs, function = op.partial(Sample(*_wide((sample.args, sample.kwargs))))
 
     def total(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def _truth(op: Op, sample: Sample) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """The metrics' kernels that are called, with their inputs and outputs."""
+    """Records the metrics' kernels that are called, with their inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,8 +111,8 @@ def errors(actual: Tensor, truth: Tensor, products: torch.dtype | None = None) -
     if not truth.numel():
         return truth
     accumulated = torch.float64 if actual.dtype == torch.float64 else torch.float32
-    # At least 1/n, one term of a mean: where all values are nearly 0, what they are computed from is not. A floor
-    # of 1, above the whole gradient of a mean over many elements, would let zeros pass for it.
+    # The scale is at least 1/n, one term of a mean: where all values are nearly 0, what they are computed from is not.
+    # A floor of 1, above the whole gradient of a mean over many elements, would let zeros pass for it.
     largest = max(truth.nan_to_num(0, 0, 0).abs().max().item(), 1 / truth.numel())
     allowed = torch.full_like(truth, ROUNDINGS * torch.finfo(accumulated).eps * largest)
     if products in HALF:
@@ -148,7 +148,7 @@ def _metric_comparisons(metric: Metric, sample: Sample) -> Iterator[tuple[float,
     with Recorder() as recorder:
         try:
             metric.function(*sample.args, **sample.kwargs)
-        except Exception as error:  # perhaps over a kernel's wrong output, which is then the thing to report
+        except Exception as error:  # it may come from a kernel's wrong output, which is then the thing to report
             problem = error
     for called, inputs, outputs in recorder.calls:
         names = [output.name for output in called.op._schema.returns]

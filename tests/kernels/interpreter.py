@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def _passed(argument: Any) -> Any:
-    """A Python float in fp32, also one in a tuple, as Triton takes it: the interpreter passes the number itself."""
+    """Rounds a Python float to fp32, also one in a tuple, as Triton does: the interpreter passes the number itself."""
     if isinstance(argument, tuple):
         passed = [_passed(item) for item in argument]
         return type(argument)(*passed) if hasattr(argument, "_fields") else tuple(passed)
@@ -81,13 +81,13 @@ class Launch:
         assert not len(addresses), f"{self.kernel}: {len(addresses)} accesses outside of every tensor's elements"
 
     def of(self, counts: dict[str, np.ndarray], name: str) -> np.ndarray:
-        """Counts in the tensor's shape."""
+        """Returns the counts in the tensor's shape."""
         at = np.searchsorted(self.addresses[name], _addresses(self.tensors[name]))
         return counts[name][at]
 
 
 def _addresses(t: Tensor) -> np.ndarray:
-    """Of each element, in the tensor's shape."""
+    """Returns the address of each element, in the tensor's shape."""
     at = np.full(t.shape, t.data_ptr(), np.uint64)
     for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
         steps = np.arange(size, dtype=np.uint64) * np.uint64(stride * t.element_size())

@@ -35,8 +35,8 @@ TORCHFAST_KERNELS
 template <class R>
 using Bits = std::conditional_t<std::is_same_v<R, float>, uint32_t, uint64_t>;
 
-// Checks f at `least`, `most` and about `samples` numbers between them (both of one sign, the smaller magnitude
-// first), evenly spread over the bit patterns, thus over each binade.
+// Checks f at `least`, `most` and about `samples` numbers between them (both of one sign, the smaller
+// magnitude first), evenly spread over the bit patterns, thus over each binade.
 template <class R, class F, class Exact>
 void check_within(const char* name, double bound, R least, R most, int samples, const F& f,
                   const Exact& exact) {

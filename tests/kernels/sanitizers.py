@@ -21,7 +21,7 @@ LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "lib
 
 
 def build(source: Path = ROOT, sanitizers: str = SANITIZERS) -> Path:
-    """Of setup.py's CPU part, beside the normal one; gives the folder to import it from."""
+    """Builds setup.py's CPU part beside the normal build, and returns the folder to import it from."""
     folder = source / "build" / f"sanitize-{sanitizers.replace(',', '-')}"
     command = ["setup.py", "--quiet", "build", "--build-base", folder, "--build-lib", folder / "lib"]
     asked = {"TORCHFAST_SANITIZE": sanitizers, "TORCHFAST_BUILD": "require", "TORCHFAST_CUDA": "0"}
@@ -30,7 +30,7 @@ def build(source: Path = ROOT, sanitizers: str = SANITIZERS) -> Path:
 
 
 def environment(folder: Path, sanitizers: str = SANITIZERS) -> dict[str, str]:
-    """Of a Python that imports torchfast from the folder. The sanitizers must be loaded before it starts."""
+    """Returns the environment of a Python that imports torchfast from the folder. It must start with the sanitizers."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     libraries = [
         subprocess.run(
@@ -46,10 +46,10 @@ def environment(folder: Path, sanitizers: str = SANITIZERS) -> dict[str, str]:
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end, and a container may forbid ptrace
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        # torch's mutexes: only some of its libraries are suppressed.
+        # Mutex bugs would be torch's own, only some of whose libraries are suppressed.
         "TSAN_OPTIONS": f"halt_on_error=1:report_mutex_bugs=0:suppressions={HERE / 'tsan_suppressions.txt'}",
         "PYTHONPATH": str(folder),
-        "PYTHONSAFEPATH": "1",  # not the sources' own torchfast, with the normal build
+        "PYTHONSAFEPATH": "1",  # keeps out the sources' own torchfast, which has the normal build
     }
 
 

@@ -28,7 +28,7 @@ KERNELS = {"check_boundaries", *PLAN}
 
 
 def tool(name: str) -> str:
-    """Of CUDA, or the one that comes with Triton."""
+    """Finds CUDA's tool, or the one that comes with Triton."""
     if found := shutil.which(name):
         return found
     triton = pytest.importorskip("triton")
@@ -92,14 +92,14 @@ def test_registers_are_within_the_plan(kernels: list[Kernel]) -> None:
 
 
 def test_scores_and_targets_are_read_128_bits_at_a_time(kernels: list[Kernel]) -> None:
-    """Each loop over them has two such loads, its first and its next."""
+    """Each loop over scores or targets has two such loads, its first and its next."""
     for kernel in kernels:
         if any(name in kernel.name for name in ("rank_short", "rank_long", *READING)):
             assert kernel.loads.count(".128") >= (8 if "find" in kernel.name else 4), kernel.name
 
 
 def test_nothing_depends_on_the_order_of_threads(kernels: list[Kernel]) -> None:
-    """Atomic additions are of integers."""
+    """All atomic additions add integers."""
     for kernel in kernels:
         assert not re.search(r"\b(ATOM|ATOMS|ATOMG|RED)\.\S*F(16|32|64)", kernel.code), kernel.name
 

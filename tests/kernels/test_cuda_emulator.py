@@ -44,7 +44,7 @@ def run(program, name, wrong, seed):
 
 @pytest.mark.parametrize("name", CAUGHT)
 def test_a_planted_mistake_is_caught(planted, name):
-    """Whatever the schedule, or in some of them where the order alone decides whether a result is wrong."""
+    """It is caught in every schedule, or in some of them where the order alone decides if a result is wrong."""
     results = [run(planted, name, 1, seed) for seed in range(4)]
     assert all(CAUGHT[name] in output for code, output in results if code != 0), results
     assert (any if CAUGHT[name] == "wrong result" else all)(code != 0 for code, _ in results), results

@@ -66,7 +66,7 @@ def test_registers_leave_enough_bytes_in_flight(target, kernels):
 
 
 def test_arithmetic_leaves_the_memory_busy(kernels):
-    """For 16 and 32 bits a logit. In fp64 an H100 has half of the lanes: it computes as long as it reads."""
+    """This holds for 16 and 32 bits a logit. In fp64 an H100 has half of the lanes: it computes as long as it reads."""
     checked = 0
     for kernel in plain_and_aligned(kernels, "sm_90"):
         if kernel.config.dtype != torch.float64 and kernel.loop:
@@ -93,8 +93,8 @@ def test_every_tile_and_stage_was_compiled(kernels):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_options_reach_the_kernels_of_float64_losses_in_fp64(target, kernels):
-    """In the parts of which a kernel adds them up: no digit of gamma or label_smoothing is lost. A float that is an
-    argument by itself would be taken in fp32."""
+    """They arrive in parts that a kernel adds up: no digit of gamma or label_smoothing is lost. Triton would take a
+    float that is an argument by itself in fp32."""
     seen = set()
     for kernel in kernels:
         if kernel.config.target != target or kernel.name == "sum_kernel":

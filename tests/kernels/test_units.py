@@ -17,7 +17,7 @@ CSRC = ROOT / "csrc"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 # GCC makes a multiplication and an addition one instruction, as in the library, among its expensive optimisations.
 FLAGS = ["-O1", "-fexpensive-optimizations", "-ffp-contract=fast", "-std=c++20", "-Wno-psabi", f"-I{CSRC}", f"-I{HERE}"]
-# What torch's headers are for, and the one that includes the file which includes it.
+# The first two need torch's headers; the last one includes the file which includes it.
 NOT_ALONE = ("torch/", "ranking/op.h", "simd/foreach_isa.h")
 # Each instruction of AVX and later is named v..., those of BMI are named here.
 WIDE = re.compile(r"\t(v[a-z0-9]+|andn|bextr|bls[a-z]+|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|lzcnt|popcnt|movbe)\s")
@@ -76,7 +76,7 @@ def test_a_header_compiles_alone_and_without_torch(header: str) -> None:
 
 
 def wide_weak_functions(binary: Path) -> set[str]:
-    """Those of which the linker keeps any one copy, and which this copy has compiled for more than every machine."""
+    """Lists the functions of which the linker keeps any one copy, and which are compiled here for wider machines."""
     symbols = subprocess.run(["nm", binary], capture_output=True, text=True, check=True).stdout
     weak = {line.split()[-1] for line in symbols.splitlines() if re.search(r" [WVu] ", line)}
     code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", binary], capture_output=True, text=True, check=True)
@@ -105,7 +105,7 @@ def test_a_planted_weak_function_is_found(everywhere: bool, tmp_path: Path) -> N
 
 @needs_x86
 def test_no_weak_function_of_the_kernels_is_of_a_wider_instruction_set(tmp_path: Path) -> None:
-    """In the objects that the build left here, or else in one that is compiled for this."""
+    """Looks into the objects that the build left here, or else into one that is compiled for this."""
     built = sorted((ROOT / "build").glob("temp*/csrc/*/kernels.o"))
     if not built:
         built = [tmp_path / "kernels.o"]

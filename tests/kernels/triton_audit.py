@@ -72,14 +72,14 @@ OPTIONS = {
 
 class SigmoidOptions(NamedTuple):
     target: torch.dtype | None = None
-    """None: as the logits."""
+    """None means the logits' dtype."""
     index: bool = False
     gamma: float = 2.0
     gamma_neg: float = 2.0
     clip: float = 0.0
     label_smoothing: float = 0.0
     weighted: bool = False
-    """A weight and a pos_weight a class, and a mask a row."""
+    """If so, there are a weight and a pos_weight a class, and a mask a row."""
     reduction: int = MEAN
 
 
@@ -130,7 +130,7 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """Part of the resident threads that registers allow."""
+        """Returns the part of the resident threads that registers allow."""
         target = TARGETS[self.config.target]
         each = -(-self.registers // 8) * 8 * self.threads
         blocks = REGISTERS[target.backend] // each
@@ -172,7 +172,7 @@ def record(target: str, function: Any) -> list[tuple[Any, dict[str, Any], tuple[
         shared.WARP = TARGETS[target].warp_size
         triton.runtime.JITFunction.run = compile_only
         for jit in jits:
-            jit.device_caches.clear()  # it caches by device, and every target is device 0
+            jit.device_caches.clear()  # Triton caches by device, and every target is device 0
         function()
     finally:
         triton.runtime.JITFunction.run = run
@@ -181,7 +181,7 @@ def record(target: str, function: Any) -> list[tuple[Any, dict[str, Any], tuple[
 
 
 def call(config: Config) -> None:
-    """Forward and backward of the config, on meta tensors."""
+    """Runs forward and backward of the config, on meta tensors."""
     if config.options in SIGMOID_OPTIONS:
         return call_sigmoid(config)
     o, shape = OPTIONS[config.options], config.shape
@@ -249,7 +249,7 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
 
 
 def _longest_loop(text: str) -> int:
-    """Instructions between a branch backwards and its target."""
+    """Counts the instructions between a branch backwards and its target."""
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", text)]
     jumps = [(at, int(m[1], 16)) for at, what in code if (m := re.search(r"\bBRA\b.*(0x[0-9a-f]+)", what))]
     loops = [sum(target <= at <= end for at, _ in code) for end, target in jumps if target < end]
@@ -295,7 +295,7 @@ def check_spills(kernel: Kernel) -> None:
 
 
 def check_vectors(kernel: Kernel) -> None:
-    """Aligned logits: all of the tile moves in 128-bit accesses; what is narrower belongs to the rows."""
+    """All of a tile of aligned logits moves in 128-bit accesses; what is narrower belongs to the rows."""
     vector = 16 // kernel.config.dtype.itemsize
     assert kernel.constants["VEC"] == vector, f"{kernel.config} is not aligned"
     elements = kernel.constants["M"] * kernel.constants["BLOCK"] // kernel.threads
@@ -310,7 +310,7 @@ def check_vectors(kernel: Kernel) -> None:
     words = sum(bits / 32 * n for bits, n in kernel.loads.items() if bits in (32, 64))
     assert words <= ROW_WORDS * rows, f"narrow loads: {kernel}"
     half = sum(n for bits, n in kernel.loads.items() if bits < 32)
-    assert half <= rows, f"loads of single half-precision elements: {kernel}"  # but the target's own logit
+    assert half <= rows, f"loads of single half-precision elements: {kernel}"  # the target's own logit is one
 
 
 def check_in_flight(kernel: Kernel) -> None:
@@ -325,7 +325,7 @@ INSTRUCTIONS = 132 * 128 * 1.7e9
 
 
 def issue(kernel: Kernel) -> float:
-    """Part of these that the loop over classes takes at 90 % of an H100's bandwidth."""
+    """Returns the part of INSTRUCTIONS that the loop over classes takes at 90 % of an H100's bandwidth."""
     elements = kernel.constants["M"] * kernel.constants["BLOCK"] / kernel.threads
     moved = kernel.config.dtype.itemsize * (2 if kernel.name == "backward_kernel" else 1)
     return kernel.loop / elements * (H100_BANDWIDTH * EFFICIENCY / moved) / INSTRUCTIONS
@@ -350,7 +350,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
 
 def suite(target: str) -> list[Config]:
-    """What the tests compile. On sm_90: all tiles, all options and all dtypes. Elsewhere: what needs most
+    """Lists what the tests compile: on sm_90 all tiles, all options and all dtypes, elsewhere what needs most
     registers, and the aligned."""
     heavy = [(4096, 32000), (8, 128256), (257, 8192), (4, 19, 1024, 1024)]
     main = DTYPES[:2]
@@ -377,7 +377,7 @@ def everything() -> list[Config]:
 
 
 def compile_all(configs: list[Config]) -> list[Kernel]:
-    """In as many processes as there are cores."""
+    """Compiles in as many processes as there are cores."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
         return list(itertools.chain.from_iterable(pool.map(compiled, configs, chunksize=4)))
@@ -437,7 +437,7 @@ def projection() -> str:
 
 
 def document() -> str:
-    """The document with its generated parts made anew; its prose stands in the file."""
+    """Returns the document with its generated parts made anew; its prose stands in the file."""
     tables = [f"### {target}\n\n{table(compile_all(documented(target)))}" for target in TARGETS]
     text = DOCUMENT.read_text()
     for part, content in (("projection", projection()), ("tables", "\n\n".join(tables))):

@@ -91,8 +91,8 @@ void check_rounded(const Format& format, const float (&x)[Simd<float>::lanes]) {
   }
 }
 
-// Tries each half, the point halfway to the next one, and their neighbours: every rounding that there is. Then
-// it tries the whole range of floats, NaN among them.
+// Tries each half, the point halfway to the next one, and their neighbours: every rounding that there is.
+// Then it tries the whole range of floats, NaN among them.
 template <class H>
 void floats_are_rounded_to_nearest_even(const Format& format) {
   constexpr int L = Simd<float>::lanes;

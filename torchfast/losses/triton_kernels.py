@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def number(parts, ACC: tl.constexpr):
-    """An option, of what ``parts_of`` made of it."""
+    """Puts an option together from what ``parts_of`` made of it."""
     x = tl.full([], parts[0], ACC)
     if x.dtype == tl.float64:
         x = x + (tl.full([], parts[1], ACC) + tl.full([], parts[2], ACC))
@@ -16,7 +16,7 @@ def number(parts, ACC: tl.constexpr):
 
 @triton.jit
 def exp(x, FAST: tl.constexpr):
-    """exp of x <= 0; results below the normal numbers are 0.
+    """exp(x) for x <= 0; results below the normal numbers are 0.
 
     GPUs have exp2 in one instruction, of which tl.exp makes exp(x) = exp2(x log2 e): the product's rounding costs |x|
     roundings of the result. Enough for half-precision logits (FAST), where instructions are scarce; else x is reduced
@@ -42,13 +42,13 @@ def log1p(x):
 
 @triton.jit
 def in_vectors(n, VEC: tl.constexpr, MINOR: tl.constexpr):
-    """n. Where it is a multiple of VEC, the compiler now knows it."""
+    """Returns n; if it is a multiple of VEC, the compiler now knows it."""
     return n // VEC * VEC if MINOR and VEC > 1 else n
 
 
 @triton.jit
 def rows_of(block, inner, M: tl.constexpr, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
-    """The program's rows: index of the outer dimension, index within the inner one, row, in range."""
+    """Returns of the program's rows: index of the outer dimension, index within the inner one, row, in range."""
     blocks = tl.cdiv(inner, M)
     outer = (block // blocks).to(tl.int64)
     i = (block % blocks).to(tl.int64) * M + tl.arange(0, M)

@@ -44,7 +44,7 @@ Dimension = tuple[int, tuple[int, ...]]
 
 
 def merged(shape: Sequence[int], strides: Sequence[tuple[int, ...]], most: int) -> list[Dimension] | None:
-    """The dimensions, neighbours that all tensors can walk as one merged, as exactly so many; None if they are more."""
+    """Merges neighbouring dimensions that all tensors can walk as one. Returns ``most``, or None if more remain."""
     if 0 in shape:  # no rows; the strides mean nothing
         strides = [(0,) * len(of) for of in strides]
     dimensions: list[Dimension] = []
@@ -65,7 +65,7 @@ def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def parts_of(x: float, dtype: torch.dtype) -> tuple[float, ...]:
-    """An option as fp32 numbers, of which it is the sum: what Triton finds in a tuple it takes in fp32."""
+    """Splits an option into fp32 numbers whose sum it is: Triton takes what is in a tuple in fp32."""
     if dtype != torch.float64:
         return (float(x),)
     first = ctypes.c_float(x).value
@@ -76,7 +76,7 @@ def parts_of(x: float, dtype: torch.dtype) -> tuple[float, ...]:
 def kernel_options(
     ignore_index: int, numbers: dict[str, float], constants: dict[str, int], dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    """The options as a kernel's one argument, in which they have these names. ``constants`` are known to the compiler:
+    """Makes the options one argument of a kernel, in which they have these names. The compiler knows ``constants``:
     what is off costs nothing."""
     named = {name: parts_of(x, dtype) for name, x in numbers.items()}
     named |= {name: tl.constexpr(x) for name, x in constants.items()}
@@ -94,7 +94,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def add_up(sums: Tensor, n: int, loss: Tensor, divisor: Tensor, *, mean: bool, empty_zero: bool) -> None:
-    """Of n programs' losses and, after them, weights: the loss and what it was divided by."""
+    """Adds up n programs' losses and, after them, weights: writes the loss and what it was divided by."""
     block = 1024
     while True:
         programs = max(1, -(-n // (8 * block)))

@@ -14,11 +14,11 @@ from torchfast._common import check
 
 
 def value_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def names_of(metrics: str | Sequence[str], example: str) -> tuple[str, ...]:
-    """Each name once, in their order."""
+    """Lists each name once, in the order given."""
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     check("metrics", len(names) > 0, metrics, "at least one name")
     for name in names:
@@ -28,7 +28,7 @@ def names_of(metrics: str | Sequence[str], example: str) -> tuple[str, ...]:
 
 
 def check_kind(kind: str, name: str, kinds: Sequence[str], more: str = "") -> None:
-    """``name`` is what was given, ``kind`` its part that must be one of the kinds; ``more`` what may follow it."""
+    """``name`` is what was given, ``kind`` its part that must be one of the kinds, ``more`` what may follow that."""
     if kind in kinds:
         return
     close = difflib.get_close_matches(kind.strip().lower(), kinds, n=1, cutoff=0.5)
@@ -42,7 +42,7 @@ def listed(allowed: Iterable[str]) -> str:
 
 
 def check_choice(name: str, given: object, allowed: Collection[str]) -> None:
-    check(name, given in tuple(allowed), given, listed(allowed))  # which need not be hashable
+    check(name, given in tuple(allowed), given, listed(allowed))  # a tuple, since what was given need not be hashable
 
 
 def check_shape(name: str, x: Tensor, preds: Tensor) -> None:
@@ -51,12 +51,12 @@ def check_shape(name: str, x: Tensor, preds: Tensor) -> None:
 
 
 def check_no_gradient(what: str, x: Tensor) -> None:
-    """Transforms would get zeros, or lose tangents without a word."""
+    """Raises where transforms would get zeros, or lose tangents without a word."""
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
     if dual or torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"{what} are not differentiable: torch.func and forward-mode AD cannot trace them")
 
 
 def digest(options: object) -> str:
-    """The same for the same options."""
+    """Returns the same text for the same options."""
     return hashlib.sha256(repr(options).encode()).hexdigest()[:16]

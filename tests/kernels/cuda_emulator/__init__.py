@@ -19,7 +19,7 @@ FLAGS = ["-g", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}", *SANITIZ
 
 
 class Unavailable(Exception):
-    """Why there is no emulator here."""
+    """Says why there is no emulator here."""
 
 
 def compile(*arguments: str | Path) -> None:
@@ -33,18 +33,18 @@ def compile(*arguments: str | Path) -> None:
 
 
 def program(source: Path, target: Path) -> Path:
-    """Of a .cu with a main of its own."""
+    """Compiles a .cu that has a main of its own."""
     compile("-O1", "-std=c++17", "-x", "c++", source, "-o", target)
     return target
 
 
 def library(folder: Path, op: str = "ranking", planted: Path | None = None) -> Path:
-    """An op's CUDA kernels with their binding, which serves the CPU with them. Files of csrc/ that lie in ``planted``,
-    too, are taken from there."""
+    """Compiles an op's CUDA kernels with their binding, which serves the CPU with them. Files of csrc/ that lie in
+    ``planted``, too, are taken from there."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     kernels, binding, target = (folder / name for name in (f"{op}.o", f"{op}_binding.o", f"{op}.so"))
-    level = "-O0" if planted else "-O1"  # compiled in 8 s, for a test or two, and in 32; -O2 takes 60
+    level = "-O0" if planted else "-O1"  # -O0 compiles in 8 s, for a test or two, -O1 in 32, -O2 in 60
     shared = [level, "-fPIC", "-fvisibility=hidden", *([f"-I{planted}"] if planted else []), f"-I{CSRC}", "-c"]
     compile("-std=c++17", *shared, "-x", "c++", CSRC / op / "cuda" / f"{op}.cu", "-o", kernels)
     if not binding.exists():
@@ -62,7 +62,7 @@ def environment(seed: int = 1) -> dict[str, str]:
 
 
 def preloading(library: Path, seed: int = 1) -> dict[str, str]:
-    """The environment of a Python that loads the library: the sanitizers come first, or not at all."""
+    """Returns the environment of a Python that loads the library: the sanitizers come first, or not at all."""
     found = (
         subprocess.run([*CXX, f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan", "libubsan")

@@ -224,8 +224,8 @@ inline bool pass_barrier() {
   return true;
 }
 
-// Picks the first warp in a random order that can run, and any lane of it that can: some warps run far ahead of
-// others, until the order changes.
+// Picks the first warp in a random order that can run, and any lane of it that can: some warps run far ahead
+// of others, until the order changes.
 inline void run_block() {
   fill_shared_with_noise();
   for (unsigned i = 0; i < threads; ++i) start(i);

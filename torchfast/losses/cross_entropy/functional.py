@@ -26,7 +26,7 @@ from torchfast.losses.cross_entropy.reference import class_dim, fake, reference,
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether two elements may share memory."""
+    """True if two elements may share memory."""
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -41,7 +41,7 @@ _TARGETS = INTEGERS | FLOATS
 def check_tensors(
     target: Tensor, others: dict[str, Tensor | None], input: Tensor, logits: str, shape: tuple[int, ...], dim: int
 ) -> None:
-    """Of the tensors beside the logits: these are called so, have this shape, and their classes in this dimension."""
+    """Checks the tensors beside the logits, which errors call ``logits``; ``dim`` of ``shape`` has the classes."""
     rows, classes = shape[:dim] + shape[dim + 1 :], shape[dim]
     check_tensor("target", target, _TARGETS, "a tensor of integer class indices or float probabilities")
     if target.is_floating_point():
@@ -74,13 +74,13 @@ def _check_input(input: Tensor) -> None:
 
 
 def _may_be_written(input: Tensor) -> bool:
-    """Whether the backward may write over the logits, which ``inplace_backward`` asks for."""
+    """True if the backward may write over the logits, which ``inplace_backward`` asks for."""
     if not input.requires_grad:
         return True
     root = input if input._base is None else input._base
     check("inplace_backward", not root.is_leaf, True, "False for a leaf of autograd or a view of one")
     check("inplace_backward", not _overlaps(input), True, "False for an input that is expanded or overlaps itself")
-    # With saved-tensor hooks (as under checkpointing) autograd does not see that the logits are gone.
+    # Under saved-tensor hooks, such as checkpointing's, autograd does not see that the logits are gone.
     return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 

@@ -13,7 +13,7 @@ from torchfast._common import check, reduction_of
 
 @dataclass(frozen=True)
 class Options(_options.Options):
-    """As the op takes them, in its order."""
+    """The options as the op takes them, in its order."""
 
     ignore_index: int
     reduction: int
@@ -21,7 +21,7 @@ class Options(_options.Options):
     gamma: float
     z_loss: float
     softcap: float
-    """0 is none."""
+    """0 means none."""
     logit_scale: float
     empty_zero: bool
     inplace_backward: bool
@@ -37,7 +37,7 @@ class Options(_options.Options):
         softcap: float | None,
         **others: Any,
     ) -> Options:
-        """As the public functions take them."""
+        """Makes the options from what the public functions take."""
         reduced = reduction_of(reduction, empty, normalizer)
         options = cls(reduction=reduced, empty_zero=empty == "zero", softcap=softcap or 0.0, **others)
         check("label_smoothing", 0 <= options.label_smoothing <= 1, options.label_smoothing, "in [0, 1]")
@@ -49,5 +49,5 @@ class Options(_options.Options):
         return options
 
 
-#: The names of those that the public functions take.
+#: The public functions call the options by these names.
 PUBLIC = tuple("empty" if name == "empty_zero" else name for name in Options.__match_args__)

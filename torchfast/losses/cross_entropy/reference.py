@@ -25,7 +25,7 @@ def _row_terms(
     sample_weight: Tensor | None,
     options: Options,
 ) -> tuple[Any, ...]:
-    """Class dimension last: z, m, rest, L; the parts of u; per row: valid, bad, w_t.
+    """With the class dimension last: z, m, rest, L; the parts of u; per row: valid, bad, w_t.
 
     u is the sum of its parts (values, classes): of all classes where the latter is None. The index
     target's own class is a part by itself, for its digits and for the memory of a one-hot tensor.
@@ -145,7 +145,7 @@ def reference_backward(
         u = u + values if classes is None else u.scatter_add(-1, classes, values)
     u_psi = torch.where(u == 0, 0.0, u * _psi(log_p, options.gamma))
     others = u_psi - u_psi.sum(dim=-1, keepdim=True) + 2 * options.z_loss * (m + rest.log1p())
-    grad = (u_psi * -log_p.expm1() + p * others) * options.logit_scale  # keeps its digits where p rounds to 1
+    grad = (u_psi * -log_p.expm1() + p * others) * options.logit_scale  # it keeps its digits where p rounds to 1
     if options.softcap:
         grad = grad * (1 - (z / options.softcap) ** 2)
     divisor = residuals[-1]

@@ -8,7 +8,7 @@ from torchfast.losses.triton_kernels import exp, number
 
 @triton.jit
 def _tanh(x, FAST: tl.constexpr):
-    """By expm1(-2|x|), which has the digits of a small x (Kahan): (u - 1) log(u) / y with u = exp(y)."""
+    """Uses expm1(-2|x|), which has the digits of a small x (Kahan): it is (u - 1) y / log(u) with u = exp(y)."""
     y = -2 * tl.abs(x)
     u = exp(y, FAST)
     easy = (u == 1) | (u == 0)
@@ -33,7 +33,7 @@ def load_z(logits, offsets, mask, options, ACC: tl.constexpr):
 
 @triton.jit
 def load_u(target, offsets, wa, wa_stride, c, classes, mask, uniform, options, ACC: tl.constexpr):
-    """u of a block of classes; an index target's own class is left to the caller."""
+    """Gives u of a block of classes; an index target's own class is left to the caller."""
     if options.PROB:
         u = number(options.keep, ACC) * tl.load(target + offsets, mask=mask, other=0.0).to(ACC) + uniform
     else:
@@ -47,7 +47,7 @@ def load_u(target, offsets, wa, wa_stride, c, classes, mask, uniform, options, A
 def p_and_rest(d, rest, inverse, FAST: tl.constexpr):
     """p and 1 - p, from d = z - m and inverse = 1 / (1 + rest)."""
     p = exp(d, FAST) * inverse
-    return p, tl.where(d == 0, rest * inverse, 1 - p)  # only the largest, d = 0, can have p > 1/2
+    return p, tl.where(d == 0, rest * inverse, 1 - p)  # only the largest class, d = 0, can have p > 1/2
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def psi_of(minus_log_p, p, rest_p, options, FAST: tl.constexpr):
     if options.FOCAL == 0:
         modulation = tl.full(p.shape, 1.0, p.dtype)
         psi = -modulation
-    elif options.FOCAL == 2:  # no power, no division, and for a small p one rounding
+    elif options.FOCAL == 2:  # this needs no power and no division, and rounds once for a small p
         modulation = tl.where(p > 0.5, rest_p * rest_p, 1 + p * (p - 2))
         psi = -(modulation + 2 * p_log * rest_p)
     else:
@@ -93,7 +93,7 @@ def merge_lanes(m, rest, FAST: tl.constexpr):
 
 @triton.jit
 def row_target(target, sample_weight, row, in_range, classes, options, ACC: tl.constexpr):
-    """Class, has one, it is out of range, sample weight, counts. No address is made of a bad class."""
+    """Returns class, has one, is out of range, sample weight, counts. No address is made of a bad class."""
     if options.PROB:
         t = tl.zeros(row.shape, tl.int32)
         known = in_range

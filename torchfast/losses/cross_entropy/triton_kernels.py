@@ -97,7 +97,7 @@ def forward_kernel(
     weight,
     wa,  # weight * alpha
     sample_weight,
-    loss,  # by row, or with REDUCE by program: sums of losses, then of weights
+    loss,  # one a row; with REDUCE, by program, sums of losses and then of weights
     residuals,
     partials,  # of split rows: [plane, split, row]
     rows,
@@ -130,7 +130,7 @@ def forward_kernel(
         end = tl.minimum(first + per_split, classes)
     outer, i, row, in_range = rows_of(block, inner, M, VEC, CLASSES_MINOR)
     t, known, bad, s, live = row_target(target, sample_weight, row, in_range, classes, choices, ACC)
-    # Rows that do not count are not read, unless that would break the vectors along the rows.
+    # Rows that do not count are read only where leaving them out would break the vectors along the rows.
     read = live if CLASSES_MINOR else in_range
     classes_end = in_vectors(classes, VEC, CLASSES_MINOR)
 
@@ -200,7 +200,8 @@ def forward_kernel(
             tl.store(here + 3 * plane, uz_sum, mask=in_range)
             tl.store(here + 4 * plane, shift, mask=in_range)
     else:
-        rest = tl.where(tl.abs(m) == float("inf"), float("nan"), rest)  # as torch: no softmax without a maximum
+        # As in torch, there is no softmax without a maximum.
+        rest = tl.where(tl.abs(m) == float("inf"), float("nan"), rest)
         log_rest, inverse = log1p(rest), 1 / (1 + rest)
         row_loss = tl.zeros([M], ACC)
         sum_u_psi = tl.zeros([M], ACC)
@@ -353,7 +354,7 @@ def backward_kernel(
         others = u_psi - sum_u_psi
         if choices.Z:
             others += 2 * number(choices.z_loss, ACC) * (m + log_rest)
-        grad = u_psi * rest_p + p * others  # keeps its digits where p rounds to 1
+        grad = u_psi * rest_p + p * others  # it keeps its digits where p rounds to 1
         if choices.SCALED:
             grad = grad * number(choices.logit_scale, ACC)
         if choices.CAPPED:

@@ -50,8 +50,9 @@ class Shape(NamedTuple):
 
     @property
     def each(self) -> int:
-        """Elements of a thread: 16 are enough loads in flight, and with the sums of each no spill. Half where the
-        formula needs many temporaries (softcap's tanh, a focal loss over all classes), a quarter in fp64."""
+        """Elements of a thread: 16 are enough loads in flight, and do not spill with the sums of each. They are half as
+        many where the formula needs many temporaries (softcap's tanh, a focal loss over all classes), a quarter in
+        fp64."""
         return 16 // (2 if self.many_temporaries else 1) // (4 if self.itemsize == 8 else 1)
 
 
@@ -67,14 +68,14 @@ def forward_tile(shape: Shape) -> Tile:
 
 
 def backward_tile(shape: Shape) -> Tile:
-    """As in the forward; but nothing is summed over the row, so blocks can be shorter."""
+    """Differs from the forward's in that nothing is summed over the row, so that blocks can be shorter."""
     if not shape.classes_minor:
         return _positions_tile(shape, at_least=1)
     return _rows_tile(min(power_of_2(shape.classes), 128 * shape.each), shape)
 
 
 def _rows_tile(block: int, shape: Shape) -> Tile:
-    """128 threads; fewer rows where a thread would own elements of more than 4: a row's numbers cost registers."""
+    """Gives 128 threads work. A thread owns elements of at most 4 rows, because a row's numbers cost registers."""
     at_once = max(1, 128 * min(shape.vec, block) // block)  # rows that 128 threads own at a time
     rows = max(1, min(128 * shape.each // block, 4 * at_once, power_of_2(shape.inner)))
     threads = rows * block // shape.each
@@ -82,7 +83,7 @@ def _rows_tile(block: int, shape: Shape) -> Tile:
 
 
 def _positions_tile(shape: Shape, at_least: int) -> Tile:
-    """A vector of positions for each of 128 threads; half a vector where that makes too many elements."""
+    """Gives each of 128 threads a vector of positions, or half of one where that makes too many elements."""
     vector = max(1, min(16 // shape.itemsize, shape.each // at_least))
     positions = min(128 * vector, power_of_2(shape.inner))
     block = min(max(at_least, power_of_2(shape.classes)), max(at_least, 128 * shape.each // positions))
@@ -96,7 +97,7 @@ def steps_of(classes_minor: bool, row_blocks: int, blocks: int, processors: int)
 
 
 def splits_of(programs: int, blocks: int, processors: int) -> int:
-    """Over how many programs a row is split: two a processor, and none without work."""
+    """A row is split over so many programs: two a processor, and none without work."""
     splits = max(1, min(blocks, 2 * processors // programs))
     return -(-blocks // -(-blocks // splits))
 
@@ -125,7 +126,7 @@ class Call:
                 target = target.long()
             target = target.contiguous()
             if flag("TORCHFAST_CHECK"):
-                wide = target.long()  # 156 of uint8 is not -100
+                wide = target.long()  # 156 as uint8 must not be taken for -100
                 given = wide != options.ignore_index
                 check_range(wide, given & ((wide < 0) | (wide >= classes)), f"0 to {classes - 1}")
         else:
@@ -134,7 +135,7 @@ class Call:
         large = [logits, target if self.prob else logits, logits if gradient is None else gradient]
         sizes = [size for d, size in enumerate(logits.shape) if d != dim]
         dimensions = self._layout(large, sizes, dim)
-        if dimensions is None:  # rows in more than two dimensions that do not merge
+        if dimensions is None:  # more than two dimensions of rows do not merge
             large = [t.contiguous() for t in large]
             dimensions = self._layout(large, sizes, dim)
         assert dimensions is not None

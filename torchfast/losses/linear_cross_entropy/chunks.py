@@ -16,7 +16,7 @@ _write_gradient = torch.ops.torchfast.cross_entropy_backward_.default
 
 
 def _checked(*arguments: Any) -> Arguments:
-    """For direct callers of the op: a gradient that is rounded to a dtype which has no sign is none."""
+    """Protects direct callers of the op: a gradient that is rounded to a dtype without a sign is wrong."""
     a = Arguments(*arguments)
     for name, x in zip(("input", "linear_weight", "linear_bias"), a, strict=False):
         if x is not None:
@@ -35,7 +35,7 @@ def _rows_of_chunk(rows: int, classes: int, device: torch.device) -> int:
 
 
 def _counting(a: Arguments) -> Tensor | None:
-    """Which rows count; None is all. The others may hold anything, also in their hidden states."""
+    """Marks the rows that count; None means all. The others may hold anything, also in their hidden states."""
     counting = None if a.target.is_floating_point() else a.target.long() != a.options.ignore_index
     if a.sample_weight is not None:
         counting = a.sample_weight != 0 if counting is None else counting & (a.sample_weight != 0)
@@ -43,7 +43,7 @@ def _counting(a: Arguments) -> Tensor | None:
 
 
 def _divisor(a: Arguments) -> Tensor:
-    """A mean's is the sum of sample_weight * weight[target] over the rows that count, all others' 1."""
+    """A mean is divided by the sum of sample_weight * weight[target] over the rows that count; all else by 1."""
     if a.options.reduction != MEAN:
         return a.input.new_ones((), dtype=a.wide)
     each = a.input.new_ones(a.target.shape[0], dtype=a.wide)
@@ -63,7 +63,7 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor, widens: bool) -> None:
         return
     if not widens:
         y = y.to(total.dtype)
-    for start in range(0, len(total), 8192):  # so that no product is of the size of the total
+    for start in range(0, len(total), 8192):  # in parts, so that no product has the size of the total
         part = slice(start, start + 8192)
         if widens:
             total[part] += torch.mm(x[part], y, out_dtype=total.dtype)
@@ -72,22 +72,22 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor, widens: bool) -> None:
 
 
 def _new_gradients(like: Callable[..., Tensor], a: Arguments) -> list[Tensor]:
-    """Those of weight and bias are sums over all rows, in the dtype of sums; that of the input has the dtype which a
-    product gives."""
+    """The gradients of weight and bias are sums over all rows, in the dtype of sums; the input's has the dtype of a
+    product."""
     dtypes = a.wide if a.widens else a.dtype, a.wide, a.wide
     each = zip(a[:3], dtypes, a.gradients, strict=True)
     return [like(x, dtype=dtype) if need else a.input.new_empty(0) for x, dtype, need in each]
 
 
 def _walk(a: Arguments, upstream: Tensor) -> tuple[Tensor, ...]:
-    """The row losses and, for an upstream gradient of each row, the gradients that are needed."""
+    """Computes the row losses and, for an upstream gradient of each row, the gradients that are needed."""
     w = a.linear_weight.to(a.dtype)
-    if 1 not in w.stride():  # every product would copy it
+    if 1 not in w.stride():  # every product would copy the weight
         w = w.contiguous()
     b = None if a.linear_bias is None else a.linear_bias.to(a.dtype)
     rows, classes, device = a.input.shape[0], w.shape[0], w.device
     counting, index = _counting(a), None
-    if counting is not None and device.type == "cpu":  # others would have to wait for their device
+    if counting is not None and device.type == "cpu":  # other devices would have to be waited for
         index, counting = counting.nonzero().squeeze(1), None
         index, rows = (None, rows) if len(index) == rows else (index, len(index))
     loss = a.input.new_zeros(a.input.shape[0], dtype=a.wide)
@@ -126,8 +126,8 @@ def _inverse(divisor: Tensor) -> Tensor:
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The loss, a scale, and the gradients that are needed, which it has not multiplied yet. It is 1, but for a mean in
-    fp16: this cannot hold p / rows, so there the gradients are those of the sum."""
+    """Returns the loss, a scale, and the gradients that are needed, not multiplied by the scale yet. It is 1, but for a
+    mean in fp16: this cannot hold p / rows, so that the gradients are those of the sum."""
     a = _checked(*arguments)
     with torch.autocast(a.input.device.type, enabled=False):
         divisor = _divisor(a)
@@ -144,7 +144,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients that are needed and that the forward did not compute, from new logits."""
+    """Computes, from new logits, the gradients that are needed and that the forward did not compute."""
     a = _checked(*arguments[:-4])
     with torch.autocast(a.input.device.type, enabled=False):
         upstream = grad_loss * _inverse(_divisor(a))

@@ -26,7 +26,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU's products of matrices of that dtype are no slower than of fp32 copies."""
+    """True if this CPU's products of matrices of that dtype are no slower than those of fp32 copies."""
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
 
@@ -153,7 +153,7 @@ def _check_and_choose_dtype(input: Tensor, linear_weight: Tensor, linear_bias: T
     wanted = f"(V, {features}), V > 0, for input of shape {tuple(input.shape)}"
     check("linear_weight's shape", len(shape) == 2 and shape[0] > 0 and shape[1] == features, shape, wanted)
     kind = input.device.type
-    # There is no autocast of meta tensors: to ask for it raises.
+    # Meta tensors have no autocast, and asking for it raises.
     autocast = kind != "meta" and torch.is_autocast_enabled(kind) and input.dtype != torch.float64
     for name, tensor in ("linear_weight", linear_weight), ("linear_bias", linear_bias):
         if tensor is None:

@@ -16,7 +16,7 @@ row_losses = registry["cross_entropy"]
 
 
 class Arguments(NamedTuple):
-    """Those of the dispatcher op, its options as one object. Of the tensors all dimensions but the last are merged."""
+    """The dispatcher op's arguments, with its options as one object. Dimensions but a tensor's last are merged."""
 
     input: Tensor
     linear_weight: Tensor
@@ -26,13 +26,13 @@ class Arguments(NamedTuple):
     alpha: Tensor | None
     sample_weight: Tensor | None
     options: Options
-    """Those of cross_entropy; its gradient is always written over the logits of a chunk."""
+    """The options of cross_entropy, whose gradient is always written over the logits of a chunk."""
     chunk_size: int
-    """0 is the default."""
+    """0 means the default."""
     dtype: torch.dtype
     """The dtype of the matrix products, and so of the logits."""
     gradients: Sequence[bool]
-    """Which gradients are computed: those of input, linear_weight and linear_bias."""
+    """True for each of input, linear_weight and linear_bias whose gradient is computed."""
 
     @property
     def wide(self) -> torch.dtype:
@@ -41,12 +41,12 @@ class Arguments(NamedTuple):
 
     @property
     def widens(self) -> bool:
-        """Whether the device multiplies half precision into fp32."""
+        """True if the device multiplies half precision into fp32."""
         return self.dtype != self.wide and self.input.device.type == "cuda" and torch.version.hip is None
 
 
 def reference(*arguments: Any) -> tuple[Tensor]:
-    """Is differentiable in every way and by every tensor, and holds the logits."""
+    """Computes what is differentiable in every way and by every tensor, and holds the logits."""
     a = Arguments(*arguments)
     bias = None if a.linear_bias is None else a.linear_bias.to(a.dtype)
     logits = nn.functional.linear(a.input.to(a.dtype), a.linear_weight.to(a.dtype), bias)

@@ -13,12 +13,12 @@ from torchfast._common import check, reduction_of
 
 @dataclass(frozen=True)
 class Options(_options.Options):
-    """As the op takes them, in its order."""
+    """The options as the op takes them, in its order."""
 
     ignore_index: int
     reduction: int
     alpha: float
-    """Negative is none."""
+    """A negative value means none."""
     gamma: float
     gamma_neg: float
     clip: float
@@ -36,7 +36,7 @@ class Options(_options.Options):
         gamma_neg: float | None,
         **others: Any,
     ) -> Options:
-        """As the public functions take them."""
+        """Makes the options from what the public functions take."""
         others["gamma_neg"] = gamma if gamma_neg is None else gamma_neg
         reduced = reduction_of(reduction, empty, normalizer)
         options = cls(reduction=reduced, empty_zero=empty == "zero", gamma=gamma, **others)
@@ -48,5 +48,5 @@ class Options(_options.Options):
         return options
 
 
-#: The names of those that the public functions take.
+#: The public functions call the options by these names.
 PUBLIC = tuple("empty" if name == "empty_zero" else name for name in Options.__match_args__)

@@ -14,14 +14,15 @@ from torchfast.losses.sigmoid_focal_loss.options import Options
 
 
 def is_index(logits: Tensor, target: Tensor) -> bool:
-    """Whether the target holds a class id a row instead of a value an element."""
+    """True if the target holds a class id a row instead of a value an element."""
     return target.dim() < logits.dim()
 
 
 def read_integers(
     logits: Tensor, target: Tensor, mask: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An integer target: as int64; where it is ignore_index; where it is out of range (an error, unless masked)."""
+    """Returns an integer target as int64, where it is ignore_index, and where it is out of range (an error, unless
+    masked)."""
     index = is_index(logits, target)
     low, high = (-1, logits.shape[-1] - 1) if index else (0, 1)
     values = target.long()
@@ -40,7 +41,7 @@ def _factors(
     mask: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """z, A and B; per element: it counts, its target is out of range."""
+    """Returns z, A and B, and per element if it counts, and if its target is out of range."""
     dtype = accumulate_dtype(logits)
     counts = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
     bad = torch.zeros_like(counts)
@@ -84,14 +85,14 @@ def _shifted(z: Tensor, gamma: float, clip: float) -> Tensor:
         return _modulated(-z, gamma)
     q = torch.sigmoid(-z)
     p = torch.where(z > 0, 1 - q, torch.sigmoid(z))  # the derivative of sigmoid itself, p (1 - p), loses digits there
-    on, large = ~(p <= clip), p > 0.5  # on for NaN too
+    on, large = ~(p <= clip), p > 0.5  # `on` also where p is NaN
     p_m = torch.where(on, p - clip, 0.25)
     loss = torch.where(large, -(torch.where(large, q, 0.25) + clip).log(), -torch.log1p(-torch.where(large, 0.25, p_m)))
     return torch.where(on, loss * p_m**gamma if gamma else loss, 0.0)
 
 
 def _times(factor: Tensor, z: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """factor * f(z), and exactly 0 where the factor is 0, whatever the logit."""
+    """Multiplies factor and f(z): the result is exactly 0 where the factor is 0, whatever the logit."""
     excluded = (factor == 0) & ~z.isfinite()
     return torch.where(excluded, 0.0, factor * f(torch.where(excluded, 0.0, z)))
 

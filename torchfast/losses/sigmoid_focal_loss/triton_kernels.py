@@ -23,7 +23,7 @@ SOFT, BOOL, INTEGER, INDEX = (tl.constexpr(kind) for kind in range(4))
 
 @triton.jit
 def _load(tensor, strides, place, end, VEC: tl.constexpr, BY_ROW: tl.constexpr):
-    """A tile; of a tensor that is the same for all columns, one column."""
+    """Loads a tile, or one column of a tensor that is the same for all columns."""
     outer, i, c, in_range = place
     if BY_ROW:
         so, sr, _ = strides
@@ -47,7 +47,7 @@ def _factors(
     BY_ROW: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A, B; whether the target is a positive, the element counts, its integer target is out of range."""
+    """Returns A, B, and if the target is a positive, the element counts, its integer target is out of range."""
     target, weight, pos_weight, mask = tensors
     keep, half = number(options.keep, ACC), number(options.half, ACC)
     outer, i, c, in_range = place
@@ -56,7 +56,7 @@ def _factors(
     bad = there
     if KIND == INDEX or KIND == INTEGER:
         if t.dtype.primitive_bitwidth < 32:
-            t = t.to(tl.int32)  # where -1 and any ignore_index differ from all values
+            t = t.to(tl.int32)  # in int32, -1 and any ignore_index differ from all values
         ignored = t == options.ignore_index
         if KIND == INDEX:
             out = (ignored == 0) & ((t < -1) | (t >= classes))
@@ -128,7 +128,7 @@ def _sigmoid(z, FAST: tl.constexpr):
 
 @triton.jit
 def _power(p, minus_log_p, gamma, POWER: tl.constexpr, FAST: tl.constexpr):
-    """p^gamma. POWER: gamma, where it is 0, 1, 2, 3 or 4, or else 5."""
+    """p^gamma. POWER is gamma if that is 0, 1, 2, 3 or 4, else 5."""
     if POWER == 0:
         return tl.full(p.shape, 1.0, p.dtype)
     elif POWER == 1:
@@ -147,14 +147,14 @@ def _power(p, minus_log_p, gamma, POWER: tl.constexpr, FAST: tl.constexpr):
 def _part(p, q, minus_log_p, minus_log_q, gamma, POWER: tl.constexpr, FAST: tl.constexpr):
     """p^gamma (-log q), and its derivative with respect to the logit of p."""
     power = _power(p, minus_log_p, gamma, POWER, FAST)
-    slope = p if POWER == 0 else p + gamma * tl.where(q == 0, 0.0, q * minus_log_q)  # not 0 * inf
+    slope = p if POWER == 0 else p + gamma * tl.where(q == 0, 0.0, q * minus_log_q)  # 0 * inf would be NaN
     return power * minus_log_q, power * slope
 
 
 @triton.jit
 def _clipped_part(p, q, clip, gamma, POWER: tl.constexpr, FAST: tl.constexpr):
     """p_m^gamma (-log(1 - p_m)), and its derivative with respect to the logit of p."""
-    off = p <= clip  # not of a NaN
+    off = p <= clip  # false for a NaN
     p_m = tl.where(off, 0.25, p - clip)
     large = p > 0.5
     rest = tl.where(large, q + clip, 1 - p_m)
@@ -171,7 +171,7 @@ def _clipped_part(p, q, clip, gamma, POWER: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _loss_and_slope(z, a, b, hit, options, FAST: tl.constexpr):
-    """The loss, and its derivative with respect to z. A factor of 0 makes 0, whatever the logit."""
+    """The loss, and its derivative with respect to z. A factor of 0 gives 0, whatever the logit."""
     gamma, gamma_neg = number(options.gamma, z.dtype), number(options.gamma_neg, z.dtype)
     if options.ONE_PART:
         p, q, minus_log_p, minus_log_q = _sigmoid(tl.where(hit, -z, z), FAST)
@@ -199,7 +199,7 @@ def forward_kernel(
     weight,
     pos_weight,
     mask,
-    loss,  # by element, or with REDUCE by program: sums of losses, then numbers of elements that count
+    loss,  # one an element; with REDUCE, by program, sums of losses and then numbers of elements that count
     divisor,
     strides,
     inner,

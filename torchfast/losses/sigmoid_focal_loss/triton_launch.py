@@ -37,7 +37,7 @@ from torchfast.losses.triton_launch import (
 
 
 def tile(rows: int, columns: int, itemsize: int, vec: int) -> Tile:
-    """Two vectors of 16 bytes for each of 128 threads; one where each element needs an address of its own."""
+    """Gives each of 128 threads two vectors of 16 bytes, or one where each element needs an address of its own."""
     each = 32 if vec > 1 else 16
     elements = 128 * (each // itemsize)
     block = min(max(2, power_of_2(columns)), elements)
@@ -46,7 +46,7 @@ def tile(rows: int, columns: int, itemsize: int, vec: int) -> Tile:
 
 
 def _readable(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """In a dtype that the kernels read."""
+    """Gives the tensor a dtype that the kernels read."""
     if t.dtype == torch.bool:
         return t.view(torch.uint8)
     if t.dtype in (torch.uint16, torch.uint32, torch.uint64):
@@ -86,7 +86,7 @@ class Call:
         read = [None if t is None else _readable(t, acc) for t in (target, weight, pos_weight, mask, upstream)]
         tensors = [logits, out, *read]
         dimensions = self._dimensions(tensors, kind is INDEX)
-        if dimensions is None:  # more than three that do not merge
+        if dimensions is None:  # more than three dimensions do not merge
             tensors = [t if t is None or (kind is INDEX and t is read[0]) else t.contiguous() for t in tensors]
             if kind is INDEX:
                 tensors[2] = target[..., 0].contiguous().unsqueeze(-1).expand(logits.shape)
@@ -139,7 +139,7 @@ class Call:
 
     @staticmethod
     def _dimensions(tensors: list[Tensor | None], index: bool) -> list[Dimension] | None:
-        """Three dimensions, with each tensor's strides and at last that of the class; in the order of memory."""
+        """Returns three dimensions in the order of memory, with each tensor's strides and at last that of the class."""
         logits, out = tensors[:2]
         assert logits is not None
         order = logits if out is None else out
@@ -153,7 +153,7 @@ class Call:
         return merged([order.shape[d] for d in dims], strides, 3)
 
     def arguments(self) -> tuple[Any, ...]:
-        """The kernels' last positional ones."""
+        """The kernels' last positional arguments."""
         return (self.strides, self.inner, self.columns, self.classes, self.options)
 
     def constants(self) -> dict[str, Any]:

@@ -25,13 +25,13 @@ def areas_of(negatives: Tensor, positives: Tensor, ends: Tensor | None = None) -
         return nothing / 0, nothing
 
     def before(x: Tensor) -> Tensor:
-        """At the end of the tie before."""
+        """Gives x at the end of the tie before."""
         if ends is not None:
             x = torch.where(ends, x, 0).cummax(1).values
         return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
 
     t_before, f_before, total, others = before(t), before(f), t[:, -1].to(dtype), f[:, -1].to(dtype)
-    # Not as one product of int64: that of the totals is up to 2^63 for 4e9 elements.
+    # Products of int64 would overflow: that of the totals is up to 2^63 for 4e9 elements.
     trapezoids = (f - f_before).to(dtype) * (t + t_before).to(dtype)
     steps = (t - t_before).to(dtype) * t.to(dtype) / (t + f).to(dtype)
     steps = torch.where(t > t_before, steps, 0.0)
@@ -44,7 +44,7 @@ def areas_of(negatives: Tensor, positives: Tensor, ends: Tensor | None = None) -
 def membership(
     scores: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each element of ``[curves, n]``: whether it is positive, whether it counts, whether it is a mistake."""
+    """Tells of each element of ``[curves, n]`` if it is positive, if it counts, and if it is a mistake."""
     y = labels.long()
     valid = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
     if y.dim() == 1:
@@ -59,7 +59,7 @@ def membership(
 
 
 def reference(scores: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    # Contiguous, because strides decide in which order torch adds up.
+    # They become contiguous because strides decide in which order torch adds up.
     scores, labels = scores.contiguous(), labels.contiguous()
     positive, valid, wrong = membership(scores, labels, weight, ignore_index)
     w = valid.long() if weight is None else torch.where(valid, weight.to(value_dtype(scores.device)), 0.0)

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from torchfast.metrics._common import value_dtype
 
-#: Places of ``wrong``: rows with such a mistake, which count nowhere else.
+#: The places of ``wrong``, which counts rows with such a mistake; they count nowhere else.
 NAN, TARGET, IDS, WEIGHT, PROBABILITY = range(5)
 
 
 def sum_by(index: Tensor, values: Tensor, size: int) -> Tensor:
     """The sum of the values of each index from 0 to size - 1, in the same order in every run."""
     sums = values.new_zeros(size)
-    if values.is_floating_point() and values.device.type == "cuda":  # whose index_add_ adds in any order
+    if values.is_floating_point() and values.device.type == "cuda":  # CUDA's index_add_ adds in any order
         return sums.index_put_((index.reshape(-1),), values.reshape(-1), accumulate=True)
     return sums.index_add_(0, index.reshape(-1), values.reshape(-1))
 
 
 def _weights(good: Tensor, weight: Tensor | None) -> Tensor:
-    """What a row counts: int64 without weights, else float64."""
+    """Returns what a row counts, as int64 without weights, else as float64."""
     return good.long() if weight is None else torch.where(good, weight.to(value_dtype(good.device)), 0.0)
 
 
@@ -102,7 +102,7 @@ def label_reference(
     threshold: float,
     probabilities: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Contiguous, because strides decide in which order torch adds up.
+    # They become contiguous because strides decide in which order torch adds up.
     preds, y = preds.contiguous(), target.long().contiguous()
     valid = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
     if weight is not None:

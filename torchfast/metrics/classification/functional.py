@@ -67,7 +67,7 @@ def areas(options: Options, curves: Curves, ignore_index: int | None) -> Areas:
 
 
 def improbable(options: Options, curves: Curves) -> Tensor:
-    """``wrong``, of rows that do not sum to 1 alone."""
+    """Counts in ``wrong`` only the rows that do not sum to 1."""
     wrong = torch.zeros(5, dtype=torch.long, device=curves.scores.device)
     rows = improbable_rows(options, curves)
     if rows is not None:
@@ -76,7 +76,7 @@ def improbable(options: Options, curves: Curves) -> Tensor:
 
 
 def warn_of_undefined(options: Options, found: Areas) -> None:
-    """Where reading is free. An area without positives, or a ROC AUC without negatives, is NaN."""
+    """Warns, where reading is free, of areas without positives and of ROC AUCs without negatives: they are NaN."""
     if not options.areas or not readable(found.each[1]):
         return
     (_, totals), names = found.each, ", ".join(name.text for name in options.areas)

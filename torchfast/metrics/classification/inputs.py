@@ -14,13 +14,13 @@ from torchfast.metrics.classification.counts import IDS, NAN, PROBABILITY, TARGE
 from torchfast.metrics.classification.options import TASKS, Options
 
 _KINDS = "a tensor of bool, integers or floats"
-#: In place of a target that is no integer.
+#: It takes the place of a target that is no integer.
 NO_CLASS = -(2**62)
 
 
 class Batch(NamedTuple):
-    """preds ``[N, C, ...]`` or ids ``[N, ...]`` of multiclass, ``[N, L]`` of the others; target and weight of these
-    shapes without C, weight ``[N]`` without L."""
+    """preds are ``[N, C, ...]`` or ids ``[N, ...]`` for multiclass, ``[N, L]`` for the other tasks. target and weight
+    have these shapes without C, and weight lacks L too."""
 
     preds: Tensor
     target: Tensor
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def task_of(preds: Tensor, target: Tensor, num_classes: int | None, task: str | None) -> tuple[str, int | None]:
-    """As said, or where the shapes leave no doubt."""
+    """Returns the task and the number of classes, which the caller gives or the shapes leave no doubt about."""
     if task is not None:
         check_choice("task", task, TASKS)
     for name, x in (("preds", preds), ("target", target)):
@@ -54,7 +54,7 @@ def task_of(preds: Tensor, target: Tensor, num_classes: int | None, task: str | 
 
 
 def _ids(x: Tensor) -> Tensor:
-    """Of an integer dtype that the kernels take; floats that are no integers become no class."""
+    """Converts to an integer dtype that the kernels take; floats that are no integers become NO_CLASS."""
     x = widened(x.detach())
     if x.dtype == torch.bool:
         return x.to(torch.uint8)
@@ -110,7 +110,7 @@ def check_inputs(options: Options, preds: Tensor, target: Tensor, sample_weight:
 
 
 class Curves(NamedTuple):
-    """Scores ``[curves, n]``; labels of that shape, or class ids ``[n]`` of one curve a class; weights ``[n]``."""
+    """Scores ``[curves, n]``; labels of that shape, or class ids ``[n]`` if each class has a curve; weights ``[n]``."""
 
     scores: Tensor
     labels: Tensor
@@ -118,7 +118,7 @@ class Curves(NamedTuple):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The class dimension last, the others one."""
+    """Puts the class dimension last, and merges the others into one."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
@@ -135,12 +135,12 @@ def curves_of(options: Options, batch: Batch) -> Curves:
 
 
 def sum_tolerance(dtype: torch.dtype) -> float:
-    """By how much the probabilities of a row may miss 1: scikit-learn's 1e-5, or one rounding."""
+    """The sum of a row's probabilities may miss 1 by so much: scikit-learn's 1e-5, or one rounding."""
     return max(1e-5, torch.finfo(dtype).eps)
 
 
 def improbable_rows(options: Options, curves: Curves) -> Tensor | None:
-    """Multiclass rows that do not sum to 1, which scikit-learn refuses too: logits without from_logits=True."""
+    """Marks multiclass rows that do not sum to 1, as logits without from_logits=True. scikit-learn refuses them."""
     if options.task != "multiclass" or options.from_logits:
         return None
     scores, labels, weight = curves
@@ -154,7 +154,7 @@ def improbable_rows(options: Options, curves: Curves) -> Tensor | None:
 
 
 def wrong_in_curves(options: Options, curves: Curves) -> Tensor:
-    """As ``wrong`` of the counting ops; scores that are NaN, and everything else as a target."""
+    """Counts what ``wrong`` of the counting ops does; every mistake but a NaN score counts as one of a target."""
     scores, labels, weight = curves
     _, _, wrong = membership(scores, labels, weight, options.ignore_index)
     missing = (wrong & scores.isnan()).sum()

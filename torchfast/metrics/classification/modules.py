@@ -198,7 +198,7 @@ class ClassificationMetrics(torchmetrics.Metric):
         return torch.cat([*state, self._nothing(name)]) if isinstance(state, list) else state
 
     def _nothing(self, name: str) -> Tensor:
-        """Of no samples, in the dtype of all."""
+        """The state of no samples, in the dtype of all."""
         place, multiclass = self._kept.index(name), self.options.task == "multiclass"
         if place == 2:
             return torch.zeros(0, dtype=torch.float64, device=self.device)
@@ -209,7 +209,7 @@ class ClassificationMetrics(torchmetrics.Metric):
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """A process without batches takes part in the exchange: with none of its own, not with nothing."""
+        """A process without batches takes part in the exchange, too: it sends empty tensors."""
         for name in self._kept if not self._is_synced else ():
             if not getattr(self, name):
                 getattr(self, name).append(self._nothing(name))
@@ -236,5 +236,5 @@ class ClassificationMetrics(torchmetrics.Metric):
 
 
 def _smallest(num_classes: int) -> torch.dtype:
-    """Of class ids and IGNORED."""
+    """The smallest dtype that holds class ids and IGNORED."""
     return next(d for d in (torch.int8, torch.int16, torch.int32, torch.long) if num_classes - 1 <= torch.iinfo(d).max)

@@ -30,7 +30,7 @@ class Name:
 
     @property
     def k(self) -> int:
-        """Of a top-k accuracy, else 0."""
+        """The k of a top-k accuracy, else 0."""
         return int(self.detail) if self.kind == "accuracy" and self.detail else 0
 
 
@@ -71,7 +71,7 @@ def _parse(text: str, task: str) -> Name:
 
 @dataclass(frozen=True)
 class Options:
-    """What to compute, checked. ``num_classes`` is 2 of binary, the number of labels of multilabel."""
+    """What to compute, checked. ``num_classes`` is 2 for binary, the number of labels for multilabel."""
 
     names: tuple[Name, ...]
     task: str
@@ -94,7 +94,7 @@ class Options:
 
     @property
     def decisions(self) -> bool:
-        """Whether a metric of decisions is asked for: one of counts."""
+        """True if a metric of decisions is asked for, which is made of counts."""
         return any(name.kind not in AREAS for name in self.names)
 
     @property

@@ -35,7 +35,7 @@ class _Draw:
 
 
 def class_samples(device: str = "cpu", dtype: torch.dtype = torch.float32, *, large: bool = False) -> Iterator[Sample]:
-    """Decisions of multiclass; with ``large`` also one per way in which a kernel shares out its work."""
+    """Makes inputs for multiclass decisions; with ``large`` also one per way in which a kernel shares out its work."""
     of = _Draw(device, dtype)
     top = (*DECISIONS, "accuracy@2", "accuracy@3")
     x, y = of.scores(40, 5), of.ids(40, classes=5)
@@ -55,7 +55,7 @@ def class_samples(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
 
 
 def label_samples(device: str = "cpu", dtype: torch.dtype = torch.float32, *, large: bool = False) -> Iterator[Sample]:
-    """Decisions of binary and multilabel."""
+    """Makes inputs for decisions of binary and multilabel."""
     of = _Draw(device, dtype)
     logits: dict[str, Any] = {"from_logits": True}
     many = logits | {"task": "multilabel"}
@@ -74,7 +74,7 @@ def label_samples(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
 
 
 def area_samples(device: str = "cpu", dtype: torch.dtype = torch.float32, *, large: bool = False) -> Iterator[Sample]:
-    """Areas of every task."""
+    """Makes inputs for the areas of every task."""
     of = _Draw(device, dtype)
     logits: dict[str, Any] = {"from_logits": True}
     several = (*AREAS, "roc_auc@weighted", "average_precision@micro", "roc_auc@none")

@@ -19,13 +19,13 @@ class Counts(NamedTuple):
     """Sums over samples, int64, or float64 if weighted. What two batches have is the sum of what each has."""
 
     classes: Tensor  # [3, C]: right, predicted, in the target
-    matrix: Tensor  # [C, C], if asked for; [L, 2, 2] of multilabel
-    hits: Tensor  # right in the first k of each top k; of multilabel: samples all right, all samples
+    matrix: Tensor  # [C, C], if asked for; [L, 2, 2] for multilabel
+    hits: Tensor  # right in the first k of each top k; for multilabel: samples all right, all samples
     wrong: Tensor  # see counts.py
 
 
 def empty_counts(options: Options, weighted: bool) -> Counts:
-    """Of no samples."""
+    """The counts of no samples."""
     c, dtype = options.num_classes, torch.float64 if weighted else torch.long
     side = (c, 2, 2) if options.task == "multilabel" else (c, c) if options.matrix else (0, 0)
     hits = 2 if options.task == "multilabel" else len(options.ks)
@@ -44,7 +44,7 @@ def _over(numerator: Tensor, denominator: Tensor, zero_division: float) -> Tenso
 
 
 def _average(values: Tensor, kept: Tensor, weights: Tensor | None = None) -> Tensor:
-    """scikit-learn's: of those that are kept and not NaN; all alike where all weights are zero."""
+    """scikit-learn's average of the values that are kept and not NaN; all weigh alike where all weights are zero."""
     kept = kept & ~values.isnan()
     values = torch.where(kept, values, 0.0)
     equal = kept.to(values.dtype)
@@ -108,7 +108,7 @@ class Areas(NamedTuple):
 
 
 def as_one(curves: Curves) -> Curves:
-    """Every pair of sample and class is a sample."""
+    """Makes one curve, in which every pair of sample and class is a sample."""
     scores, labels, weight = curves
     if labels.dim() == 1:
         classes = torch.arange(len(scores), device=labels.device)[:, None]
@@ -151,7 +151,7 @@ def bin_counts(options: Options, curves: Curves, bins: int) -> Tensor:
 
 
 def bounds_of(options: Options, negatives: Tensor, positives: Tensor) -> dict[str, Tensor]:
-    """By how much the areas of bins may differ from those of the scores in them.
+    """Bounds how far the areas of bins may differ from those of the scores in them.
 
     ROC AUC: the pairs within a bin count half, and may count nothing or one. Average precision: a bin with T and F
     before it, P positives and N negatives has a precision of (T + P) / (T + F + P + N) for each of its positives;
@@ -164,7 +164,7 @@ def bounds_of(options: Options, negatives: Tensor, positives: Tensor) -> dict[st
 
 
 def _bin_bounds(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Shaped as areas and totals are."""
+    """Returns the bounds in the shape of areas, and the totals."""
     dtype = value_dtype(negatives.device)
     n, p = negatives.to(dtype), positives.to(dtype)
     total, others = p.sum(1), n.sum(1)
@@ -182,7 +182,7 @@ def _bin_bounds(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def values_of(options: Options, counts: Counts | None, found: Areas | None, wrong: Tensor) -> dict[str, Tensor]:
-    """By name. Where something was wrong, NaN, or -1 in a confusion matrix of integers."""
+    """The metrics by name. If something was wrong, they are NaN, or -1 in a confusion matrix of integers."""
     bad = wrong.any()
     values = {}
     for name in options.names:

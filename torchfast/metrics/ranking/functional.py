@@ -19,15 +19,15 @@ from torchfast.metrics.ranking.reference import fake, reference
 
 
 class PerQuery(NamedTuple):
-    """Values and, where a query is skipped, the reason to leave it out. Both by metric and query."""
+    """Values, and where a query is skipped, both by metric and query."""
 
     values: Tensor
     skipped: Tensor | None
     totals: Tensor | None = None
-    """Of the values, by metric, where they are known."""
+    """The sum of each metric's values, if it is known."""
 
     def sums(self, weight: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """Of the weighted values and of the weights, by metric. A query of weight 0 does not count, even if NaN."""
+        """Sums up weighted values and weights, by metric. A query of weight 0 does not count, even if it is NaN."""
         values = self.values
         if weight is None and self.skipped is None:
             return values.sum(1) if self.totals is None else self.totals, float(values.shape[1])
@@ -43,7 +43,7 @@ class PerQuery(NamedTuple):
 
 
 def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) -> PerQuery:
-    """``arguments`` are those of ``ranking_metrics`` that describe the input."""
+    """Computes all values; ``arguments`` are those of ``ranking_metrics`` that describe the input."""
     inputs = check_inputs(options, preds, target, **arguments)
     table = None if options.table is None else options.table.to(preds.device)
     values, empty = _op(*inputs, table, *options.numbers)
@@ -277,7 +277,7 @@ def recall(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) 
 
 
 def hit_rate(preds: Tensor, target: Tensor, k: int | None = None, **options: Any) -> Tensor:
-    """Whether one of the first ``k`` documents (default: any) is relevant: the share of such queries.
+    """The share of queries that have a relevant document among the first ``k`` (default: among all).
 
     ``options``, shapes and errors are those of :func:`ranking_metrics`, formulas in :mod:`torchfast.metrics.ranking`.
 
@@ -314,7 +314,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
     g = torch.Generator(device="cpu").manual_seed(0)
 
     def scores(*shape: int, values: int = 5) -> Tensor:
-        """Few different ones, for ties."""
+        """Makes few different scores, for ties."""
         return (torch.randint(values, shape, generator=g) - values // 2).to(device, dtype)
 
     def grades(*shape: int, relevant: float = 0.4) -> Tensor:

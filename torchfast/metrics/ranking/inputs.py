@@ -38,7 +38,7 @@ Unretrieved = Tensor | tuple[Tensor, Tensor]
 
 
 def _without_graph(x: Tensor) -> Tensor:
-    return x.detach() if x.requires_grad else x  # a tenth of the checks' time
+    return x.detach() if x.requires_grad else x  # detach() alone takes a tenth of the checks' time
 
 
 def _check_integer(name: str, x: Tensor, shape: tuple[int, ...] | None, preds: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _check_integer(name: str, x: Tensor, shape: tuple[int, ...] | None, preds: T
     return x.long()
 
 
-#: What the kernels do not take of what a target may be.
+#: A target may have these dtypes, which the kernels do not take: they are converted.
 _CONVERTED = {
     torch.uint16: torch.long,
     torch.uint32: torch.long,
@@ -60,7 +60,7 @@ _CONVERTED = {
 
 
 def _check_labels(name: str, target: Tensor, options: Options) -> Tensor:
-    """Of a dtype that the kernels take."""
+    """Returns the target in a dtype that the kernels take."""
     check_tensor(name, target, REALS, "a tensor of bool, integers or floats", jagged=True)
     if GAINS[options.gain] == "table" and target.is_floating_point():
         raise TypeError(f"{name} must be bool or integers, places in the gain table, got {target.dtype}")
@@ -70,7 +70,7 @@ def _check_labels(name: str, target: Tensor, options: Options) -> Tensor:
 
 
 def _from_jagged(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The values and offsets of a nested tensor; its holes closed."""
+    """Returns the values and offsets of a nested tensor, with its holes closed."""
     check(f"dimensions of {name}", x.dim() == 2, x.dim(), "2, (queries, documents of each)")
     values, offsets, lengths = x.values(), x.offsets(), x.lengths()  # type: ignore[attr-defined]
     if lengths is not None:
@@ -133,7 +133,7 @@ def check_inputs(
     if indexes is not None:
         indexes = _check_integer("indexes", indexes, preds.shape, preds).reshape(-1)
         preds, target = preds.reshape(-1), target.reshape(-1)
-        skip_sorted = not torch.compiler.is_compiling()  # a graph cannot depend on it
+        skip_sorted = not torch.compiler.is_compiling()  # a graph cannot depend on values
         order, offsets, _ = group_by_query(indexes, skip_sorted=skip_sorted)
         mask = None if mask is None else mask.reshape(-1)
         if not skip_sorted or order.numel():
@@ -163,7 +163,7 @@ def check_inputs(
 def _check_unretrieved(
     options: Options, unretrieved: Unretrieved, queries: int, preds: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As values and offsets."""
+    """Returns the targets as values and offsets."""
     if isinstance(unretrieved, (tuple, list)):
         check("unretrieved's length", len(unretrieved) == 2, len(unretrieved), "2: values and offsets")
         values, offsets = unretrieved

@@ -127,7 +127,7 @@ class RankingMetrics(torchmetrics.Metric):
         return torch.zeros(0, len(self.options.names), dtype=torch.float64, device=self.device)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """A process without batches takes part in the exchange: with none of its own, not with nothing."""
+        """A process without batches takes part in the exchange, too: it sends empty tensors."""
         if self.per_query and not self._is_synced and not getattr(self, self._state):
             getattr(self, self._state).append(self._no_queries())
         super().sync(*args, **kwargs)

@@ -90,7 +90,7 @@ class Options:
 
     @property
     def undefined(self) -> tuple[int | None, ...]:
-        """Where each metric has no value: 0, without a relevant document; 1, without a positive gain; None, nowhere."""
+        """When each metric has no value: 0, without a relevant document; 1, without a positive gain; None, never."""
         exempt = PRECISION if self.precision_is_defined else None
         return tuple(None if kind == exempt else int(kind in (NDCG, DCG)) for kind in self.kinds)
 
@@ -101,7 +101,7 @@ class Options:
 
     @property
     def numbers(self) -> tuple[object, ...]:
-        """As the op takes them, after the tensors, the last of which is the table."""
+        """The options as the op takes them, after the tensors, the last of which is the table."""
         nan = NANS.index("last" if self.nan == "last" else "propagate")
         denominators = self.map_denominator, self.precision_denominator
         return (self.kinds, self.ks, self.ties, self.gain, *denominators, nan, self.threshold)
@@ -134,7 +134,7 @@ def resolve(
     if mutable or torch.compiler.is_compiling():
         return _resolve(metrics, **given)
     try:
-        options = _resolved(metrics, **given)  # remembered: a tenth of the time of a small call
+        options = _resolved(metrics, **given)  # it is cached: resolving takes a tenth of the time of a small call
     except TypeError:
         options = None  # what is not hashable is not allowed: the errors below say so
     return options or _resolve(metrics, **given)
@@ -186,7 +186,7 @@ def _resolve(
         nan,
         option("empty", empty, EMPTIES),
         float(relevance_threshold or 0.0),
-        preset == "xgboost",  # whose precision is 0 there, though its ndcg and map are 1
+        preset == "xgboost",  # its precision is 0 where a query has no relevant document, though its ndcg and map are 1
     )
 
 

@@ -29,7 +29,7 @@ NANS = ("propagate", "last")
 
 
 class Documents(NamedTuple):
-    """Of each document: its query, whether it is one (no padding). Of each query: whether its boundaries are wrong."""
+    """``query`` and ``valid`` (true: no padding) have an element per document, ``bad`` (boundaries) one per query."""
 
     query: Tensor
     valid: Tensor
@@ -66,7 +66,7 @@ def documents_of(preds: Tensor, offsets: Tensor | None, mask: Tensor | None, len
 
 
 class Labels(NamedTuple):
-    """Of each document: its gain, whether it is relevant, whether its target is none."""
+    """What each document's target says; ``wrong`` is true where the target is illegal."""
 
     gain: Tensor
     relevant: Tensor
@@ -82,7 +82,7 @@ def labels_of(target: Tensor, valid: Tensor, gain: int, table: Tensor | None, th
     y = torch.where(valid, y, 0.0)
     g = y
     if GAINS[gain] == "exp":
-        g = torch.expm1(y * math.log(2))  # 2^y - 1, also of a tiny y
+        g = torch.expm1(y * math.log(2))  # 2^y - 1, which expm1 also knows of a tiny y
     elif table is not None:
         g = torch.where(valid, table.to(y.dtype)[y.long()], 0.0)
     relevant = valid & (y >= threshold if threshold else y > 0)
@@ -93,28 +93,28 @@ def labels_of(target: Tensor, valid: Tensor, gain: int, table: Tensor | None, th
 
 
 def _then_by(order: Tensor, key: Tensor, descending: bool = False) -> Tensor:
-    """Sorted by ``key``, and where that is equal as before."""
+    """Sorts by ``key``, and keeps the order where keys are equal."""
     return order[key[order].argsort(stable=True, descending=descending)]
 
 
 class Ranked(NamedTuple):
-    """The documents by query and descending score. A group are the documents at one score, or just one."""
+    """The documents by query and descending score. A group is the documents at one score, or just one document."""
 
     query: Tensor
     rank: Tensor  # 1, 2, ... in the query
     place: Tensor  # 1, 2, ... in the group
     n: Tensor  # documents in the group
-    r: Tensor  # of them relevant
+    r: Tensor  # relevant documents in the group
     relevant_before: Tensor  # relevant documents of the query before the group
     gain: Tensor  # mean gain of the group
 
 
 def _rank(preds: Tensor, documents: Documents, labels: Labels, target: Tensor, ties: int) -> Ranked:
     query, valid, bad = documents
-    s = preds.reshape(-1) + 0.0  # -0.0 is 0.0
+    s = preds.reshape(-1) + 0.0  # -0.0 becomes 0.0
     missing = s.isnan()
     s = torch.where(valid & ~missing, s, -torch.inf)
-    # NaN after -inf, padding after NaN
+    # NaN comes after -inf, padding after NaN.
     key = query * 3 + torch.where(valid, missing.long(), 2)
     order = torch.arange(len(query), device=query.device)
     if TIES[ties] in ("optimistic", "pessimistic"):
@@ -158,7 +158,7 @@ def _products(factor: Tensor, distance: Tensor) -> Tensor:
     length = len(factor)
     position, towards, distance = torch.arange(length, device=factor.device), distance.sign(), distance.abs()
     reach = length
-    if factor.device.type == "cpu":  # where reading a value costs nothing
+    if factor.device.type == "cpu":  # reading a value costs nothing there
         reach = int(distance.max()) + 1 if length else 0
     step = 1
     while step < reach:
@@ -192,7 +192,7 @@ class _Queries:
         return values.new_zeros(self.queries).index_add_(0, self.docs.query, values)
 
     def inside(self, k: int | Tensor) -> Tensor:
-        """The documents up to the cut-off: k, or none for 0, or one of each query."""
+        """Marks the documents up to the cut-off k. 0 cuts nothing off, and a tensor has a cut-off for each query."""
         if isinstance(k, Tensor):
             return self.docs.rank <= k[self.docs.query]
         return self.docs.rank <= (k or torch.iinfo(torch.long).max)

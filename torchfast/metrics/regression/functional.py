@@ -38,23 +38,23 @@ NANS = ("error", "propagate")
 
 # ---- Sums ------------------------------------------------------------------------------------
 
-#: Of each output: samples, their weight, weighted sums of |y - preds| and (y - preds)^2, the weighted mean of y as a
-#: number and the rest that rounding it left, and the weighted sum of (y - mean)^2. From sum(y^2) a mean far from 0
-#: would take all digits; without the rest, batches with means near 1e6 would lose four.
+#: The moments of an output: samples, their weight, weighted sums of |y - preds| and (y - preds)^2, the weighted mean of
+#: y as a number and the rest that rounding it left, and the weighted sum of (y - mean)^2. A mean far from 0 would take
+#: all digits of a sum of y^2; without the rest, batches with means near 1e6 would lose four.
 SAMPLES, WEIGHT, ABSOLUTE, SQUARED, MEAN, REST, SCATTER = range(7)
 
 
 def reference(preds: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of a batch ``[N, outputs]``: the first four ``[4, outputs]``, and the others."""
+    """The moments of a batch ``[N, outputs]``: the first four ``[4, outputs]``, and the others."""
     dtype = value_dtype(preds.device)
-    # Contiguous, because strides decide in which order torch adds up.
+    # They become contiguous because strides decide in which order torch adds up.
     preds, target = preds.to(dtype).contiguous(), target.to(dtype).contiguous()
     if weight is None:
         w = preds.new_ones(()).expand(len(preds), 1)
     else:
         w = weight.to(dtype)[:, None]
         w = torch.where(w >= 0, w, torch.nan)
-        preds, target = (torch.where(w == 0, 0.0, x) for x in (preds, target))  # as if it were not there, even if NaN
+        preds, target = (torch.where(w == 0, 0.0, x) for x in (preds, target))  # weight 0: even NaN does not count
     difference = target - preds
     total = w.expand(preds.shape).sum(0)
     mean = torch.where(total == 0, 0.0, (w * target).sum(0) / total)
@@ -94,7 +94,7 @@ def _r2(state: Tensor) -> Tensor:
 
 
 def values_of(names: Sequence[str], multioutput: str, state: Tensor) -> dict[str, Tensor]:
-    """By name."""
+    """The values of the metrics, by name."""
 
     def value(name: str) -> Tensor:
         if name == "r2":
@@ -138,7 +138,7 @@ def resolve(metrics: str | Sequence[str], *, multioutput: str = "uniform_average
 
 
 def batch_moments(options: Options, preds: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """The moments of what a caller gives, checked: ``[7, outputs]``."""
+    """Checks what a caller gives, and returns its moments ``[7, outputs]``."""
     for name, x in (("preds", preds), ("target", target)):
         check_tensor(name, x, _NUMBERS, "a tensor of floats or integers")
         check_no_gradient("metrics", x)
@@ -283,7 +283,7 @@ def r2_score(preds: Tensor, target: Tensor, **options: Any) -> Tensor:
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, large: bool = False) -> Iterator[Sample]:
-    """With and without weights and outputs; with ``large`` also more than a kernel takes at once."""
+    """Makes inputs with and without weights and outputs; with ``large`` also more than a kernel takes at once."""
     g = torch.Generator(device="cpu").manual_seed(0)
 
     def values(*shape: int) -> Tensor:
