@@ -322,7 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prove(args: argparse.Namespace, proof: Proof) -> int:
-    _, text = bounded(proof, "probe", worker(proof, "probe"), 60)
+    # Beside a busy disk torch has taken more than a minute to import.
+    _, text = bounded(proof, "probe", worker(proof, "probe"), 600 if proof.dry else 180)
     here = json_in(text)
     if here is None:
         raise SystemExit(f"{sys.executable} cannot say what it has: {last_line(text)}")
