@@ -75,7 +75,7 @@ class Counting {
   static constexpr int kAtOnce = TORCHFAST_VECTOR_BYTES == 64 ? 8 : 4;  // as many as there are registers for
 
  public:
-  static constexpr int64_t kMost = std::min(64, 8 * L);  // judged documents; with more, sorting is faster
+  static constexpr int64_t kMost = std::min(64, 8 * L);  // judged documents: a word has bits for no more
 
   explicit Counting(Ranked& ranked) : ranked_(ranked) {}
 
