@@ -18,7 +18,8 @@
 TORCHFAST_KERNELS
 
 // Puts the largest of the gains, so many as the longest cut-off looks at, first and in descending order. Most
-// are small integers, which are counted: std::sort takes 1.5 times as long for 10 of them.
+// are small integers, which are counted: with std::sort, NDCG of 1,000 documents, half of them graded,
+// took 1.6 times as long (10 graded of 100: 1.1 times).
 inline void sort_gains(double* gains, int64_t n, int64_t longest) {
   constexpr int kCounted = 256;
   int32_t count[kCounted];
