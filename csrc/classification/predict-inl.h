@@ -12,8 +12,7 @@
 #include <limits>
 
 #include "classification/call.h"
-#include "memory/elements-inl.h"
-#include "memory/positions.h"
+#include "memory/walk-inl.h"
 #include "simd/vec-inl.h"
 
 TORCHFAST_KERNELS
@@ -85,32 +84,28 @@ struct Scores {
       : x(a.preds.as<T>()),
         classes(a.classes),
         class_stride(a.preds.stride(1)),
-        positions(a.preds, 1, {&a.preds, nullptr, nullptr}) {}
+        of_rows(Order(a.preds, logical_order(a.preds, 1)), a.preds) {}
 
   // Writes the predictions and, if `rank` is not null, the ranks of positions begin .. begin + n - 1, whose
   // targets are y.
   void predict(int64_t begin, int64_t n, const int64_t* y, int64_t* predicted, int64_t* rank) const {
-    constexpr int L = Simd<R>::lanes;
-    if (class_stride != 1 && positions.inner_stride(0) == 1 && sizeof(R) == sizeof(float)) {
+    of_rows.for_each_run(begin, n, [&](int64_t offset, int64_t step, int64_t count) {
+      const T* at = x + offset;
       int64_t i = 0;
-      for (; i < n; i += L) {
-        int64_t count = std::min<int64_t>(L, n - i);
-        const T* at = x + positions.offset(begin + i, 0);
-        if (count == L && positions.is_run(begin + i, L))
-          predict_lanes(at, predicted + i);
-        else
-          for (int64_t j = i; j < i + count; ++j) predicted[j] = strided(begin + j);
+      if (class_stride != 1 && step == 1 && sizeof(R) == sizeof(float))
+        for (; i + Simd<R>::lanes <= count; i += Simd<R>::lanes) predict_lanes(at + i, predicted + i);
+      for (; i < count; ++i) {
+        const T* row = at + i * step;
+        predicted[i] = class_stride == 1 ? largest<T, R>(row, classes) : strided(row);
       }
-    } else {
-      for (int64_t i = 0; i < n; ++i)
-        predicted[i] = class_stride == 1 ? largest<T, R>(x + positions.offset(begin + i, 0), classes)
-                                         : strided(begin + i);
-    }
-    for (int64_t i = 0; rank && i < n; ++i) {
-      if (y[i] < 0 || y[i] >= classes) continue;
-      const T* row = x + positions.offset(begin + i, 0);
-      rank[i] = class_stride == 1 ? rank_of<T, R>(row, classes, y[i]) : strided_rank(row, y[i]);
-    }
+      for (i = 0; rank && i < count; ++i) {
+        if (y[i] < 0 || y[i] >= classes) continue;
+        const T* row = at + i * step;
+        rank[i] = class_stride == 1 ? rank_of<T, R>(row, classes, y[i]) : strided_rank(row, y[i]);
+      }
+      y += count, predicted += count;
+      if (rank) rank += count;
+    });
   }
 
  private:
@@ -128,8 +123,7 @@ struct Scores {
     for (int j = 0; j < Simd<R>::lanes; ++j) predicted[j] = nan[j] ? kNanRow : int64_t(best[j]);
   }
 
-  int64_t strided(int64_t position) const {
-    const T* row = x + positions.offset(position, 0);
+  int64_t strided(const T* row) const {
     int64_t best = 0;
     R most = to_real(row[0]);
     bool nan = most != most;
@@ -153,7 +147,7 @@ struct Scores {
 
   const T* x;
   int64_t classes, class_stride;
-  Positions positions;
+  Strides of_rows;
 };
 
 void predict_rows(const ClassCall& a, int64_t begin, int64_t end, int64_t* predicted, int64_t* rank) {

@@ -18,9 +18,8 @@
 #include "cross_entropy/call.h"
 #include "cross_entropy/chunks-inl.h"
 #include "cross_entropy/tiles-inl.h"
-#include "memory/elements-inl.h"
 #include "memory/parallel.h"
-#include "memory/positions.h"
+#include "memory/walk-inl.h"
 
 TORCHFAST_KERNELS
 
@@ -39,11 +38,9 @@ struct Scratch {
         g(new R[by_rows ? size : 0]),
         own_u(new R[positions]),
         upstream(new R[positions]),
-        target(new Int<R>[positions]),
-        offsets(new int64_t[positions]) {}
+        target(new Int<R>[positions]) {}
   std::unique_ptr<R[]> z, y, g, own_u, upstream;
   std::unique_ptr<Int<R>[]> target;
-  std::unique_ptr<int64_t[]> offsets;
 };
 
 // A call in the form that the passes read: its blocks of positions, decoded targets, staged logits.
@@ -56,8 +53,11 @@ struct Batch {
         classes(call.classes()),
         class_stride(call.logits.stride(class_dim)),
         probabilities(call.probabilities()),
-        positions(call.logits, class_dim, {&call.logits, probabilities ? &call.target : nullptr, gradient}),
-        rows(positions.count()),
+        order(call.logits, logical_order(call.logits, class_dim)),
+        of_logits(order, call.logits),
+        of_target(order, probabilities ? call.target : call.logits),
+        of_gradient(order, gradient ? *gradient : call.logits),
+        rows(call.rows()),
         samples(call.sample_weight.as<R>()),
         x(call.logits.as<T>()),
         keep(R(1 - options.label_smoothing)),
@@ -157,16 +157,10 @@ struct Batch {
   // Gives n values from p, `stride` apart, as R in `buffer`, or p itself if they are dense and R already.
   template <class S>
   static const R* stage(const S* p, int64_t stride, int64_t n, R* buffer) {
-    if (stride != 1) {
-      for (int64_t c = 0; c < n; ++c) buffer[c] = to_real(p[c * stride]);
-      return buffer;
-    }
     if constexpr (std::is_same_v<S, R>)
-      return p;
-    else {
-      convert<R>(p, buffer, n);
-      return buffer;
-    }
+      if (stride == 1) return p;
+    gather(p, stride, n, buffer);
+    return buffer;
   }
   const R* stage_logits(const T* row, int64_t c, int64_t n, R* buffer) const {
     const R* z = stage(row + c * class_stride, class_stride, n, buffer);
@@ -187,59 +181,37 @@ struct Batch {
     const R* probs = nullptr;
     if (probabilities) {
       int64_t stride = call.target.stride(class_dim);
-      probs = with_probs(
-          [&](auto* y) { return stage(y + positions.offset(i, 1) + c * stride, stride, n, buffer); });
+      probs =
+          with_probs([&](auto* y) { return stage(y + of_target.offset(i) + c * stride, stride, n, buffer); });
     }
     return {class_u.data() + c, probs, keep, uniform};
   }
 
-  // Returns where positions i .. i+n-1 of p begin if one stride walks them. Else it returns null, and they
-  // lie at p + offsets.
+  // Stages positions i .. i+n-1 of p as [classes][width], with 0 in idle lanes.
   template <class S>
-  S* find_run(S* p, int k, int64_t i, int64_t n, int64_t* offsets) const {
-    if (positions.is_run(i, n)) return p + positions.offset(i, k);
-    for (int64_t j = 0; j < n; ++j) offsets[j] = positions.offset(i + j, k);
-    return nullptr;
+  void stage_tile(const S* p, const Strides& at, int64_t stride, int64_t i, int64_t n, int64_t width,
+                  R* tile) const {
+    for (int64_t c = 0; c < classes; ++c) std::fill(tile + c * width + n, tile + (c + 1) * width, R(0));
+    at.for_each_run(i, n, [&](int64_t offset, int64_t step, int64_t count) {
+      for (int64_t c = 0; c < classes; ++c) gather(p + offset + c * stride, step, count, tile + c * width);
+      tile += count;
+    });
   }
-  // Stages positions i .. i+n-1 as [classes][width], with 0 in idle lanes.
-  template <class S>
-  void stage_tile(const S* p, int k, int64_t stride, int64_t i, int64_t n, int64_t width, R* tile,
-                  int64_t* offsets) const {
-    int64_t step = positions.inner_stride(k);
-    const S* run = find_run(p, k, i, n, offsets);
-    for (int64_t c = 0; c < classes; ++c, tile += width) {
-      if (run && step == 1)
-        convert<R>(run + c * stride, tile, n);
-      else if (run)
-        for (int64_t j = 0; j < n; ++j) tile[j] = to_real(run[j * step + c * stride]);
-      else
-        for (int64_t j = 0; j < n; ++j) tile[j] = to_real(p[offsets[j] + c * stride]);
-      std::fill(tile + n, tile + width, R(0));
-    }
-  }
-  void unstage_tile(const R* tile, T* out, int64_t stride, int64_t i, int64_t n, int64_t width,
-                    int64_t* offsets) const {
-    int64_t step = positions.inner_stride(2);
-    T* run = find_run(out, 2, i, n, offsets);
-    for (int64_t c = 0; c < classes; ++c, tile += width) {
-      if (run && step == 1)
-        convert<R>(tile, run + c * stride, n);
-      else if (run)
-        for (int64_t j = 0; j < n; ++j) from_real(run + j * step + c * stride, tile[j]);
-      else
-        for (int64_t j = 0; j < n; ++j) from_real(out + offsets[j] + c * stride, tile[j]);
-    }
+  void unstage_tile(const R* tile, T* out, int64_t stride, int64_t i, int64_t n, int64_t width) const {
+    of_gradient.for_each_run(i, n, [&](int64_t offset, int64_t step, int64_t count) {
+      for (int64_t c = 0; c < classes; ++c) scatter(tile + c * width, count, out + offset + c * stride, step);
+      tile += count;
+    });
   }
   Tile<R> tile(int64_t i, int64_t n, Scratch<R>& s) const {
     int64_t width = (n + kLanes - 1) / kLanes * kLanes;
     std::fill(s.target.get() + n, s.target.get() + width, kIgnored);
-    stage_tile(x, 0, class_stride, i, n, width, s.z.get(), s.offsets.get());
+    stage_tile(x, of_logits, class_stride, i, n, width, s.z.get());
     if (options.transformed())
       transform<R>(s.z.get(), classes * width, R(options.logit_scale), R(options.softcap));
     if (probabilities)
-      with_probs([&](auto* y) {
-        stage_tile(y, 1, call.target.stride(class_dim), i, n, width, s.y.get(), s.offsets.get());
-      });
+      with_probs(
+          [&](auto* y) { stage_tile(y, of_target, call.target.stride(class_dim), i, n, width, s.y.get()); });
     for (int64_t j = 0; !own.empty() && j < width; ++j) s.own_u[j] = own_u(s.target[j]);
     Weights<R> weights{class_u.data(), probabilities ? s.y.get() : nullptr, keep, uniform};
     return {s.z.get(), classes, width, n, weights, s.target.get(), own.empty() ? nullptr : s.own_u.get()};
@@ -250,7 +222,8 @@ struct Batch {
   const Options& options;
   int64_t class_dim, classes, class_stride;
   bool probabilities;
-  Positions positions;
+  Order order;  // of the positions: all dimensions but the classes'
+  Strides of_logits, of_target, of_gradient;
   int64_t rows;
   const R* samples;  // sample_weight, or null
   const T* x;

@@ -51,7 +51,7 @@ template <U kind, class T, class R>
 RowResult<R> forward_row(const Batch<T, R>& batch, int64_t i, Int<R> target, Scratch<R>& s) {
   const Options& o = batch.options;
   constexpr R lowest = -std::numeric_limits<R>::infinity();
-  const T* row = batch.x + batch.positions.offset(i, 0);
+  const T* row = batch.x + batch.of_logits.offset(i);
   R m = lowest, z_target = 0;
   double ties = 0;  // elements equal to m, none of which is in sums.rest before the end
   Sums sums;
@@ -164,7 +164,7 @@ template <U kind, bool focal, class T, class R>
 void backward_row(const Batch<T, R>& batch, int64_t i, Int<R> target, const R* stats, R upstream, T* out,
                   int64_t out_stride, Scratch<R>& s) {
   const Options& o = batch.options;
-  const T* row = batch.x + batch.positions.offset(i, 0);
+  const T* row = batch.x + batch.of_logits.offset(i);
   R rest = stats[batch.rows + i];
   double log1p_rest = focal || o.z_loss != 0 ? std::log1p(double(rest)) : 0.0;
   R z_term = R(2 * o.z_loss * (stats[i] + log1p_rest));
@@ -191,10 +191,7 @@ void backward_row(const Batch<T, R>& batch, int64_t i, Int<R> target, const R* s
     }
     if (direct) continue;
     if (o.transformed()) transform_gradient<R>(g, z, n, R(o.logit_scale), R(o.softcap));
-    if (out_stride == 1)
-      convert<R>(g, out + c, n);
-    else
-      for (int64_t j = 0; j < n; ++j) from_real(out + (c + j) * out_stride, g[j]);
+    scatter(g, n, out + c * out_stride, out_stride);
   }
 }
 
@@ -221,11 +218,11 @@ void backward_pass(const Call& call, const View& grad_loss, const View& residual
         tile_backward<R, dense(), focal()>(tile, R(o.gamma), R(o.z_loss), R(o.logit_scale), R(o.softcap),
                                            stats + begin, batch.rows, s.upstream.get());
       });
-      batch.unstage_tile(tile.z, out, out_stride, begin, n, tile.width, s.offsets.get());
+      batch.unstage_tile(tile.z, out, out_stride, begin, n, tile.width);
       return;
     }
     for (int64_t i = begin; i < begin + n; ++i) {
-      T* to = out + batch.positions.offset(i, 2);
+      T* to = out + batch.of_gradient.offset(i);
       if (fresh && out_stride == 1) fresh->reach(to, batch.classes * sizeof(T));
       R upstream = s.upstream[i - begin];
       if (upstream == 0) {  // an ignored row is not read, whatever it holds

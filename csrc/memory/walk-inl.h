@@ -28,6 +28,14 @@ inline std::vector<int64_t> memory_order(const View& leader) {
   return order;
 }
 
+// The dimensions as they are numbered, but for one.
+inline std::vector<int64_t> logical_order(const View& shape_of, int64_t without = -1) {
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < shape_of.dims; ++d)
+    if (d != without) order.push_back(d);
+  return order;
+}
+
 // A shape whose dimensions are walked in some order, the last of them fastest.
 struct Order {
   Order(const View& shape_of, const std::vector<int64_t>& in_order) : dims(in_order) {
@@ -60,6 +68,12 @@ class Strides {
       : Strides(order, [&](int64_t d) { return d < view.dims ? view.stride(d) : 0; }) {}
 
   bool is_dense() const { return dims_.size() == 1 && dims_[0].stride == 1; }
+
+  int64_t offset(int64_t i) const {
+    int64_t result = 0;
+    for (size_t d = dims_.size(); d-- > 1; i /= dims_[d].size) result += i % dims_[d].size * dims_[d].stride;
+    return result + i * dims_[0].stride;
+  }
 
   // Calls f(offset, stride, count) for each run of the elements i .. i+n-1.
   template <class F>
@@ -115,6 +129,14 @@ void gather(const From* p, int64_t stride, int64_t n, To* out) {
     convert<float>(p, out, n);
   else
     copy(std::integral_constant<int64_t, 1>{});  // GCC vectorises this one
+}
+
+template <class To, class From>
+void scatter(const From* p, int64_t n, To* out, int64_t stride) {
+  if (stride == 1)
+    convert<From>(p, out, n);
+  else
+    for (int64_t j = 0; j < n; ++j) from_real(out + j * stride, p[j]);
 }
 
 // A tensor that a kernel reads as elements of type To: float or double, int64_t, or uint8_t for bool.

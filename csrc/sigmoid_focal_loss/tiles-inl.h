@@ -13,7 +13,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -243,9 +242,7 @@ class Tiles {
 
   // Names the first bad target in the order of the elements, not in that of the memory or of the threads.
   void throw_first_bad() const {
-    std::vector<int64_t> dims(call_.logits.dims);
-    std::iota(dims.begin(), dims.end(), 0);
-    Order order(call_.logits, dims);
+    Order order(call_.logits, logical_order(call_.logits));
     Operand<int64_t> targets(order, call_.target);
     std::optional<Operand<uint8_t>> masks;
     if (call_.mask) masks.emplace(order, call_.mask);

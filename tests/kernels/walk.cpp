@@ -1,4 +1,4 @@
-// memory/walk-inl.h and memory/positions.h against plain nested loops.
+// memory/walk-inl.h against plain nested loops.
 #define TORCHFAST_FILE "walk.cpp"
 #include "simd/foreach_isa.h"
 
@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "check.h"
-#include "memory/positions.h"
 #include "memory/view.h"
 
 // A shape, and a tensor of it whose dimensions lie in memory in any order; odd ones have gaps or are
@@ -103,9 +102,7 @@ void operands_read(Type type, From (*make)(int64_t)) {
     std::vector<To> values(tensor.memory), buffer;
     for (int64_t i = 0; i < tensor.memory; ++i) data[i] = make(i), values[i] = element_as<To>(data[i]);
     View view = tensor.view(data.data(), type);
-    std::vector<int64_t> order(view.dims);
-    std::iota(order.begin(), order.end(), 0);
-    std::vector<int64_t> expected = tensor.offsets(order);
+    std::vector<int64_t> order = logical_order(view), expected = tensor.offsets(order);
     Operand<To> operand(Order(view, order), view);
     int64_t from = random.below(view.elements), n = 1 + random.below(view.elements - from);
     buffer.resize(n);
@@ -114,28 +111,31 @@ void operands_read(Type type, From (*make)(int64_t)) {
   }
 }
 
+// All dimensions but one in their own order, as the losses over classes walk.
 void positions_are_those_of_nested_loops() {
   Random random;
   for (int trial = 0; trial < 1000; ++trial) {
     std::vector<int64_t> shape = any_shape(random);
     if (shape.empty()) continue;
     int64_t skip = random.below(shape.size());
-    Tensor a(random, shape, trial % 2), b(random, shape, trial % 3);
-    View x = a.view(nullptr, Type::f32), y = b.view(nullptr, Type::f32);
-    std::vector<int64_t> order;
-    for (int64_t d = 0; d < x.dims; ++d)
-      if (d != skip) order.push_back(d);
-    Positions positions(x, skip, {&x, nullptr, &y});
-    std::vector<int64_t> of_x = a.offsets(order), of_y = b.offsets(order);
-    CHECK(positions.count() == int64_t(of_x.size()));
-    int64_t from = random.below(positions.count()), n = 1 + random.below(positions.count() - from);
-    bool run = positions.is_run(from, n);
-    for (int64_t i = from; i < from + n; ++i) {
-      CHECK(positions.offset(i, 0) == of_x[i] && positions.offset(i, 1) == 0 &&
-            positions.offset(i, 2) == of_y[i]);
-      CHECK(!run || of_x[i] == of_x[from] + (i - from) * positions.inner_stride(0));
-      CHECK(!run || of_y[i] == of_y[from] + (i - from) * positions.inner_stride(2));
-    }
+    Tensor tensor(random, shape, trial % 2);
+    View view = tensor.view(nullptr, Type::f32);
+    std::vector<int64_t> order = logical_order(view, skip), expected = tensor.offsets(order);
+    CHECK(int64_t(order.size()) == view.dims - 1);
+    Strides strides(Order(view, order), view);
+    for (size_t i = 0; i < expected.size(); ++i) CHECK(strides.offset(i) == expected[i]);
+  }
+}
+
+template <class To>
+void scattered_elements_are_gathered_again() {
+  for (int64_t stride : {1, 2, 5}) {
+    float values[40], back[40];
+    To memory[200] = {};
+    for (int i = 0; i < 40; ++i) values[i] = float(i) - 7;
+    scatter(values, 40, memory, stride);
+    gather(memory, stride, 40, back);
+    for (int i = 0; i < 40; ++i) CHECK(back[i] == values[i]);
   }
 }
 
@@ -151,6 +151,9 @@ void run() {
   operands_read<int64_t, uint16_t>(Type::u16, [](int64_t i) { return uint16_t(i * 257); });
   operands_read<int64_t, int64_t>(Type::i64, [](int64_t i) { return i - (int64_t{1} << 40); });
   positions_are_those_of_nested_loops();
+  scattered_elements_are_gathered_again<float>();
+  scattered_elements_are_gathered_again<bf16>();
+  scattered_elements_are_gathered_again<f16>();
 }
 
 TORCHFAST_END_KERNELS
