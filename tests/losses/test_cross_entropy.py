@@ -5,19 +5,16 @@ difference is either derived from the number of roundings (`Truth.bound`) or is 
 error at that dtype.
 """
 
-import copy
-import io
 import math
-import pickle
 import sys
 import types
 import unittest
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import DTYPES, HALF, INTEGERS, Truth, assert_near, by_dtype, gradient_of, refuses, same, survives_copies
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import peak_memory
@@ -29,10 +26,7 @@ from torchfast import CrossEntropyLoss, FocalLoss, LabelSmoothingCrossEntropy, c
 from torchfast._native import unavailable_reason
 
 INF, NAN = math.inf, math.nan
-HALF = (torch.float16, torch.bfloat16)
 LOW = (*HALF, torch.float32)
-DTYPES = (*LOW, torch.float64)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 # ---- The oracle: the formula, row by row -----------------------------------------------------
@@ -63,14 +57,6 @@ def oracle_row(x, u, gamma=0.0, z_loss=0.0, softcap=None, logit_scale=1.0):
         terms = np.abs(u) * (1 + np.where((u == 0) | np.isinf(minus_log_p), 0, minus_log_p))
         size = (1 + np.abs(z[np.isfinite(z)]).max()) * (1 + gamma) ** 2
         return loss, gradient, size * (math.fsum(terms) + abs(z_loss) * (1 + abs(lse)) ** 2)
-
-
-@dataclass
-class Truth:
-    loss: Tensor
-    gradient: Tensor
-    loss_bound: Tensor
-    gradient_bound: Tensor
 
 
 def oracle(
@@ -154,23 +140,6 @@ def oracle(
         return Truth(total(loss), as_logits(gradient), loss_bound, as_logits(gradient_bound))
 
 
-def assert_near(actual, truth, bound):
-    """|actual - truth| <= bound, elementwise; NaN and infinities must be where the truth has them."""
-    actual = actual.detach().cpu().double()
-    assert actual.shape == truth.shape
-    same = (actual == truth) | (actual.isnan() & truth.isnan())
-    wrong = ~(same | ((actual - truth).abs() <= bound))
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        allowed = bound[at] if bound.dim() else bound
-        pytest.fail(f"{int(wrong.sum())} wrong; at {at}: {actual[at]:.17g}, not {truth[at]:.17g} +- {allowed:.3g}")
-
-
-def gradient_of(loss, x, upstream=None, **options):
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss)
-    return torch.autograd.grad(loss, x, upstream, **options)[0]
-
-
 def loss_and_gradient(x, target, weight=None, upstream=None, function=cross_entropy, **options):
     x = x.detach().requires_grad_()
     loss = function(x, target, weight, **options)
@@ -180,15 +149,7 @@ def loss_and_gradient(x, target, weight=None, upstream=None, function=cross_entr
 def assert_follows_oracle(x, target, weight=None, **options):
     upstream = options.pop("upstream", None)
     truth = oracle(x, target, weight, upstream=upstream, **options)
-    loss, gradient = loss_and_gradient(x, target, weight, upstream, **options)
-    assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
-    assert gradient.dtype == x.dtype
-    assert_near(loss, truth.loss, truth.loss_bound)
-    assert_near(gradient, truth.gradient, truth.gradient_bound)
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    truth.assert_met(x, *loss_and_gradient(x, target, weight, upstream, **options))
 
 
 def ulp(value, dtype):
@@ -714,8 +675,6 @@ def test_errors_are_no_larger_than_those_of_eager_pytorch(kind, classes, dtype, 
 
 
 # ---- Targets ---------------------------------------------------------------------------------
-
-INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 @pytest.mark.parametrize("integer", INTEGERS, ids=str)
@@ -1303,12 +1262,7 @@ BAD_CALLS = {
 }
 
 
-@pytest.mark.parametrize("args, options, error, words", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_errors_name_the_argument_what_was_given_and_what_is_allowed(args, options, error, words):
-    with pytest.raises(error) as caught:
-        cross_entropy(*args, **options)
-    missing = [word for word in words if word not in str(caught.value)]
-    assert not missing, f"{missing} not in: {caught.value}"
+test_errors_name_the_argument_what_was_given_and_what_is_allowed = refuses(cross_entropy, BAD_CALLS)
 
 
 # ---- Modules ---------------------------------------------------------------------------------
@@ -1334,27 +1288,9 @@ def test_modules_are_the_function(device):
     assert gradient_of(inplace(logits, t), logits).data_ptr() == logits.data_ptr()
 
 
-@pytest.mark.parametrize("module", [CrossEntropyLoss, FocalLoss, LabelSmoothingCrossEntropy])
-@pytest.mark.parametrize("through", ["pickle", "deepcopy", "torch.save", "state_dict"])
-@pytest.mark.once
-def test_modules_survive_copies(module, through, device):
-    x, t = example(device)
-    original = module(weight=torch.rand(70), alpha=torch.rand(70), reduction="sum").to(device)
-    if through == "pickle":
-        other = pickle.loads(pickle.dumps(original))
-    elif through == "deepcopy":
-        other = copy.deepcopy(original)
-    elif through == "torch.save":
-        buffer = io.BytesIO()
-        torch.save(original, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
-    else:
-        other = module(weight=torch.ones(70), alpha=torch.ones(70), reduction="sum").to(device)
-        other.load_state_dict(original.state_dict())
-    assert set(original.state_dict()) == {"weight", "alpha"}
-    same(other(x, t), original(x, t))
-    assert repr(other) == repr(original)
+test_modules_survive_copies = survives_copies(
+    [CrossEntropyLoss, FocalLoss, LabelSmoothingCrossEntropy], ["weight", "alpha"], example
+)
 
 
 @pytest.mark.once

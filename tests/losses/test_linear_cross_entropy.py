@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import HALF, refuses, same, upstream_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -39,7 +40,6 @@ LUCK = 1.1
 """Two root mean squares of n roundings each differ by a factor of 1 +- 1 / sqrt(n): 0.02 and less in these tests."""
 NAN, INF = float("nan"), float("inf")
 NAMES = ("loss", "input", "weight", "bias")
-HALF = (torch.float16, torch.bfloat16)
 MODULE = sys.modules[linear_cross_entropy.__module__]
 IN_HALF, WIDENED = ([pytest.param(dtype, how, id=f"{dtype}-{how}") for dtype in HALF] for how in ("in half", "widened"))
 WIDE = [pytest.param(dtype, "as ever", id=str(dtype)) for dtype in (torch.float32, torch.float64)]
@@ -109,10 +109,6 @@ def example_with(device, dtype, factors, probabilities, options, **sizes):
     return (x, w, b, target), options
 
 
-def upstream_of(loss):
-    return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
-
-
 def results(function, x, w, b, target, upstream=None, **options):
     """The loss, and the gradients of hidden states, classifier and bias, with an uneven upstream gradient."""
     leaves = [t.detach().requires_grad_() for t in (x, w, b) if t is not None]
@@ -178,10 +174,6 @@ def assert_errors_are_those_of_two_steps(samples, dtype, ours=linear_cross_entro
         again = torch.finfo(dtype).eps / math.sqrt(12) if name == "input" else 0
         allowed = LUCK * math.hypot(eager, again) + ROUNDINGS * torch.finfo(torch.float32).eps
         assert got <= allowed, f"{name}: {got:.3g}, allowed are {allowed:.3g}, the two steps have {eager:.3g}"
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- Equal to the two steps ------------------------------------------------------------------
@@ -715,12 +707,7 @@ BAD_CALLS = {
 }
 
 
-@pytest.mark.parametrize("args, options, error, words", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_errors_name_the_argument_what_was_given_and_what_is_allowed(args, options, error, words):
-    with pytest.raises(error) as caught:
-        linear_cross_entropy(*args, **options)
-    missing = [word for word in words if word not in str(caught.value)]
-    assert not missing, f"{missing} not in: {caught.value}"
+test_errors_name_the_argument_what_was_given_and_what_is_allowed = refuses(linear_cross_entropy, BAD_CALLS)
 
 
 # ---- The module ------------------------------------------------------------------------------

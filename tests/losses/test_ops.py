@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+from contract import DTYPES, HALF, upstream_of
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,8 +20,6 @@ from torchfast._register import Sample, registry
 from torchfast.selftest import errors
 
 ROUNDINGS = 64
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)
 CASES = [
     pytest.param(op, number, id=f"{name}-{number}")
     for name, op in registry.items()
@@ -40,10 +39,6 @@ def map_tensors(function, sample):
 
 def tensors_of(sample):
     return [leaf for leaf in tree_flatten((sample.args, sample.kwargs))[0] if isinstance(leaf, Tensor)]
-
-
-def upstream_of(loss):
-    return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
 
 
 def differentiable(op, sample):

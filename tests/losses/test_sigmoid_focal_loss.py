@@ -4,17 +4,14 @@ Truth is `oracle`, written from the formula in numpy's fp64, with every function
 digits. Peers (torchvision, timm) are restated here and evaluated in fp64.
 """
 
-import copy
-import io
 import math
-import pickle
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import DTYPES, HALF, Truth, assert_near, by_dtype, by_integer, gradient_of, refuses, same, survives_copies
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import peak_memory
@@ -25,11 +22,6 @@ from torchfast import AsymmetricLoss, SigmoidFocalLoss, asymmetric_loss, sigmoid
 from torchfast._native import unavailable_reason
 
 INF, NAN = math.inf, math.nan
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)
-INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-by_integer = pytest.mark.parametrize("integer", INTEGERS, ids=str)
 
 FOCAL = {}
 BCE = {"alpha": -1.0, "gamma": 0.0}
@@ -49,14 +41,6 @@ option_sets = pytest.mark.parametrize("options", OPTION_SETS.values(), ids=OPTIO
 
 
 # ---- The oracle: the formula, in fp64 --------------------------------------------------------
-
-
-@dataclass
-class Truth:
-    loss: Tensor
-    gradient: Tensor
-    loss_bound: Tensor
-    gradient_bound: Tensor
 
 
 def as_numpy(t, shape):
@@ -158,23 +142,10 @@ def oracle(
     return Truth(*map(torch.as_tensor, (loss, gradient, loss_bound, gradient_bound)))
 
 
-def assert_near(actual, truth, bound):
-    """|actual - truth| <= bound, elementwise; NaN and infinities must be where the truth has them."""
-    actual = actual.detach().cpu().double()
-    assert actual.shape == truth.shape
-    same = (actual == truth) | (actual.isnan() & truth.isnan())
-    wrong = ~(same | ((actual - truth).abs() <= bound))
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        allowed = bound[at] if bound.dim() else bound
-        pytest.fail(f"{int(wrong.sum())} wrong; at {at}: {actual[at]:.17g}, not {truth[at]:.17g} +- {allowed:.3g}")
-
-
 def loss_and_gradient(x, targets, upstream=None, function=sigmoid_focal_loss, **options):
     x = x.detach().requires_grad_()
     loss = function(x, targets, **options)
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss)
-    return loss.detach(), torch.autograd.grad(loss, x, upstream)[0]
+    return loss.detach(), gradient_of(loss, x, upstream)
 
 
 def values_and_counts(x, targets, mask=None, ignore_index=-100):
@@ -196,15 +167,8 @@ def assert_follows_oracle(x, targets, upstream=None, mask=None, ignore_index=-10
     truth = oracle(x, values, counts, upstream=upstream, strict=strict, **options)
     options |= {"mask": mask, "ignore_index": ignore_index}
     loss, gradient = loss_and_gradient(x, targets, upstream, **options)
-    assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
-    assert gradient.dtype == x.dtype
     assert gradient.stride() == torch.empty_like(x).stride()
-    assert_near(loss, truth.loss, truth.loss_bound)
-    assert_near(gradient, truth.gradient, truth.gradient_bound)
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    truth.assert_met(x, loss, gradient)
 
 
 def example(device, shape=(9, 70), dtype=torch.float32):
@@ -1143,12 +1107,7 @@ BAD_CALLS = {
 }
 
 
-@pytest.mark.parametrize("args, options, error, words", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_errors_name_the_argument_what_was_given_and_what_is_allowed(args, options, error, words):
-    with pytest.raises(error) as caught:
-        sigmoid_focal_loss(*args, **options)
-    missing = [word for word in words if word not in str(caught.value)]
-    assert not missing, f"{missing} not in: {caught.value}"
+test_errors_name_the_argument_what_was_given_and_what_is_allowed = refuses(sigmoid_focal_loss, BAD_CALLS)
 
 
 # ---- Modules ---------------------------------------------------------------------------------
@@ -1173,29 +1132,7 @@ def test_modules_are_the_functions(device):
     )
 
 
-@pytest.mark.parametrize("module", [SigmoidFocalLoss, AsymmetricLoss])
-@pytest.mark.parametrize("through", ["pickle", "deepcopy", "torch.save", "state_dict"])
-@pytest.mark.once
-def test_modules_survive_copies(module, through, device):
-    x, y = example(device)
-    original = module(weight=torch.rand(70), pos_weight=torch.rand(70), reduction="sum").to(device)
-    if through == "pickle":
-        other = pickle.loads(pickle.dumps(original))
-    elif through == "deepcopy":
-        other = copy.deepcopy(original)
-    elif through == "torch.save":
-        buffer = io.BytesIO()
-        torch.save(original, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
-    else:
-        other = module(weight=torch.ones(70), pos_weight=torch.ones(70), reduction="sum").to(device)
-        other.load_state_dict(original.state_dict())
-    assert set(original.state_dict()) == {"weight", "pos_weight"}
-    assert set(module().state_dict()) == set()
-    assert module(weight=torch.ones(3)).double().weight.dtype == torch.float64
-    same(other(x, y), original(x, y))
-    assert repr(other) == repr(original)
+test_modules_survive_copies = survives_copies([SigmoidFocalLoss, AsymmetricLoss], ["weight", "pos_weight"], example)
 
 
 def test_repr_shows_the_options():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_ops import DTYPES, LAYOUTS, assert_same, map_tensors, tensors_of
+from contract import DTYPES
+from test_ops import LAYOUTS, assert_same, map_tensors, tensors_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import torchfast  # noqa: F401  (registers the ops)
