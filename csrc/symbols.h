@@ -1,7 +1,10 @@
-// Functions of libraries that this binary must not link with, because not every torch has them.
+// Functions of libraries that this binary must not link with, because not every torch has them; and its own
+// ones that others find by name.
 #pragma once
 
 #include <dlfcn.h>
+
+#define TORCHFAST_EXPORT __attribute__((visibility("default")))
 
 namespace torchfast {
 

@@ -6,6 +6,10 @@ def _resident_bytes(field):
         return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
 
 
+def resident_memory():
+    return _resident_bytes("VmRSS")
+
+
 def peak_memory(run):
     """The result, and the bytes resident at the worst moment beyond those before."""
     with open("/proc/self/clear_refs", "w") as reset:

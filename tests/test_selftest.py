@@ -59,13 +59,20 @@ def planted(
     forward: Callable[..., Any] = reference,
     backward: Callable[..., Any] = reference_backward,
     backward_: Callable[..., Any] = lambda grad, x, *rest: x.copy_(reference_backward(grad, x, *rest)),
+    with_gradient: Callable[..., Any] | None = None,
 ) -> Iterator[None]:
     """These kernels in place of those of cross_entropy. The defaults are right."""
 
     def without_output(*args: Any) -> None:
         backward_(*args)
 
+    def one_after_the_other(*inputs_and_upstream: Any) -> tuple[Tensor, ...]:
+        *inputs, upstream = inputs_and_upstream
+        loss, *residuals = forward(*inputs)
+        return loss, *residuals, backward(torch.full_like(loss, upstream), *inputs, *residuals)
+
     kernels = {"": forward, "_backward": backward, "_backward_": without_output}
+    kernels["_with_gradient"] = with_gradient or one_after_the_other
     with torch.library._scoped_library("torchfast", "IMPL") as library:
         for suffix, kernel in kernels.items():
             library.impl(f"cross_entropy{suffix}", kernel, torch.device(device).type.upper(), allow_override=True)
@@ -84,6 +91,12 @@ def with_loss(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 def with_gradient(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda *inputs: change(reference_backward(*inputs))
+
+
+def both(*inputs: Any) -> tuple[Tensor, ...]:
+    *others, upstream = inputs
+    loss, *residuals = reference(*others)
+    return loss, *residuals, reference_backward(torch.full_like(loss, upstream), *others, *residuals)
 
 
 def without_last_class(gradient: Tensor) -> Tensor:
@@ -175,6 +188,10 @@ WRONG = {
     "gradient of an even upstream": (
         "gradient",
         {"backward": lambda grad, *rest: reference_backward(grad.mean().expand_as(grad), *rest)},
+    ),
+    "gradient with the loss of another upstream": (
+        "gradient( with the loss)?",
+        {"with_gradient": lambda *inputs: both(*inputs[:-1], 1.0)},
     ),
     "gradient in place not written": ("gradient in place", {"backward_": lambda *_: None}),
 }

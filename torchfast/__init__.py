@@ -28,10 +28,13 @@ __all__ = [
     "__version__",
     "asymmetric_loss",
     "cross_entropy",
+    "empty_cache",
     "focal_loss",
     "linear_cross_entropy",
+    "memory_stats",
     "metrics",
     "sigmoid_focal_loss",
 ]
 
 from torchfast import _native as _native  # after the ops are defined: it implements them
+from torchfast._memory import empty_cache, memory_stats

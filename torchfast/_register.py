@@ -5,6 +5,10 @@ A loss is two dispatcher ops::
     torchfast::<name>(inputs...)                              -> (loss, residuals...)
     torchfast::<name>_backward(grad, inputs..., residuals...) -> gradient of each differentiable input
 
+and, where the loss is differentiated by one input, a third, which reads that input once for both::
+
+    torchfast::<name>_with_gradient(inputs..., upstream)      -> (loss, residuals..., gradient)
+
 A metric is one, and has no derivative.
 
 The pure-PyTorch reference is registered for every device. A native or Triton kernel registered
@@ -16,6 +20,7 @@ logits arrive as they are and are widened inside the kernels, in registers.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +30,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torchfast._common import NONE
 from torchfast._options import Options, as_object
+from torchfast._upstream import Guess
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Op:
     """Plain differentiable PyTorch with the forward op's signature."""
     forward: Any
     backward: Any
+    with_gradient: Any
+    """None if there are several differentiable inputs."""
     autograd: type[torch.autograd.Function]
     differentiable: int
     """The backward op has gradients of so many inputs, the first ones."""
@@ -154,10 +163,42 @@ def register(
         schema = schema.replace(f", {inputs}", ", " + inputs.replace("Tensor", "Tensor(a!)", 1))
         backward_inplace = _define(f"{name}_backward_", f"{schema} -> ()", reference_backward_, lambda *_: None)
 
+    if not several:
+        schema = f"({inputs}, float upstream) -> (Tensor loss, {residuals}, Tensor gradient)"
+
+        def reference_with_gradient(*args: Any) -> tuple[Tensor, ...]:
+            *inputs, upstream = args
+            loss, *kept = reference(*inputs)
+            gradient = reference_backward(torch.full_like(loss, upstream), *inputs, *kept)
+            return loss, *kept, gradient
+
+        def fake_with_gradient(*args: Any) -> tuple[Tensor, ...]:
+            return *fake(*args[:-1]), torch.empty_like(args[0])
+
+        with_gradient = _define(f"{name}_with_gradient", schema, reference_with_gradient, fake_with_gradient)
+    else:
+        with_gradient = None
+    reduction = [argument.name for argument in arguments].index("reduction")
+    guess = Guess()
+
+    @functools.cache
+    def at_once() -> bool:
+        """True if compiled code serves the CPU: there the upstream gradient can be looked at without waiting."""
+        return not several and torch._C._dispatch_has_kernel_for_dispatch_key(with_gradient.name(), "CPU")
+
+    def guessed(inputs: tuple[Any, ...]) -> float | None:
+        """The upstream gradient to compute the gradient for in the forward; None to leave it to the backward."""
+        if inputs[0].device.type != "cpu" or inputs[reduction] == NONE or (inplace and inputs[-1]) or not at_once():
+            return None
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # who offloads wants its memory
+            return None
+        return guess.of(inputs[tensors:])
+
     def save(ctx: Any, inputs: tuple[Any, ...], residuals: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensors], *residuals)
         ctx.options = inputs[tensors:]
+        ctx.at_once = None
         # A hook of checkpointing or offloading may keep what it hands out.
         ctx.hooked = several and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
@@ -195,6 +236,13 @@ def register(
             torch.autograd.graph.increment_version(inputs[0])
             return (inputs[0].detach(), *not_differentiable)
         if not several:
+            if not grad.dim() and grad.device.type == "cpu" and at_once() and not kept(ctx, grad):
+                upstream = grad.item()
+                guess.learn(ctx.options, upstream)
+                (expected, gradient), ctx.at_once = ctx.at_once or (None, None), None
+                if expected == upstream:
+                    return (gradient, *not_differentiable)
+                del gradient  # its memory serves again
             with torch._C._AutoDispatchBelowAutograd():
                 return (backward_op(grad, *inputs, *residuals), *not_differentiable)
         if not grad.dim() and all(have or not need for have, need in zip(inputs[-1], needs, strict=True)):
@@ -220,13 +268,19 @@ def register(
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Tensor:
+            upstream = guessed(inputs)
             with torch._C._AutoDispatchBelowAutograd():
-                loss, *residuals = forward_op(*inputs)
+                if upstream is None:
+                    loss, *residuals = forward_op(*inputs)
+                else:
+                    loss, *residuals, gradient = with_gradient(*inputs, upstream)
             save(ctx, inputs, residuals)
+            if upstream is not None:
+                ctx.at_once = upstream, gradient
             return loss
 
     Fused.backward = staticmethod(backward)  # type: ignore[assignment]
-    ops = forward_op, backward_op, Fused
+    ops = forward_op, backward_op, with_gradient, Fused
     registry[name] = Op(
         name, function, sample_inputs, reference, *ops, differentiable, tensors, inplace, options, around
     )

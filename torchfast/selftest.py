@@ -73,16 +73,27 @@ def _truth(op: Op, sample: Sample) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Records the metrics' kernels that are called, with their inputs and outputs."""
+    """Records the kernels that are called, of metrics and of losses' forwards, with their inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Metric, Sequence[Any], Sequence[Tensor]]] = []
+        self.calls: list[tuple[Op | Metric, Sequence[Any], Sequence[Tensor]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.calls += [(metric, args, result) for metric in metrics.values() if metric.op is func]
+        self.calls += [(op, args, result) for op in registry.values() if op.forward is func]
         return result
+
+
+def _with_loss(op: Op, sample: Sample) -> Tensor | None:
+    """Gives the gradient that is computed with the loss; None where it is not, or where the loss is divided later."""
+    with Recorder() as recorder, torch.no_grad():
+        divided = op.function(*sample.args, **sample.kwargs)
+    _, inputs, (loss, *_) = recorder.calls[-1]
+    if op.with_gradient is None or loss.dim() or divided.data_ptr() != loss.data_ptr():
+        return None
+    return op.with_gradient(*inputs, _upstream(loss).item())[-1].cpu()
 
 
 # ---- Their difference ------------------------------------------------------------------------
@@ -169,6 +180,8 @@ def _comparisons(op: Op | Metric, sample: Sample) -> Iterator[tuple[float, str |
     truth, products = _truth(op, sample), dtype if op.around else None
     for each in zip(names, _active(op, sample), truth, dtypes, strict=False):
         yield _compare(*each, products)
+    if (gradient := _with_loss(op, sample)) is not None:
+        yield _compare("gradient with the loss", gradient, truth[1], dtype)
     if op.inplace:
         yield _compare("gradient in place", _active(op, sample, inplace=True)[1], truth[1], dtype)
 

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "memory/fresh.h"
 #include "memory/view.h"
 
 namespace torchfast::cross_entropy {
@@ -37,8 +36,12 @@ struct Call {
 // sum of the other exponentials and sum u psi of each row, in planes; then the divisor.
 void forward(const Call& call, const View& loss, const View& residuals);
 
-// Writes the gradient, of the logits' shape and dtype; it may be the logits' own memory. `fresh` may be null.
-void backward(const Call& call, const View& grad_loss, const View& residuals, const View& gradient,
-              FreshMemory* fresh);
+// The same, and what `backward` will write if the gradient of the loss, a sum or mean, turns out to be
+// `upstream`.
+void forward_with_gradient(const Call& call, double upstream, const View& loss, const View& residuals,
+                           const View& gradient);
+
+// Writes the gradient, of the logits' shape and dtype; it may be the logits' own memory.
+void backward(const Call& call, const View& grad_loss, const View& residuals, const View& gradient);
 
 }  // namespace torchfast::cross_entropy

@@ -6,15 +6,16 @@
 
 TORCHFAST_KERNELS
 
-void any_forward(const Call& call, const View& loss, const View& residuals) {
-  with_logits_type(call.logits,
-                   [&](auto t, auto r) { forward_pass<decltype(t), decltype(r)>(call, loss, residuals); });
+void any_forward(const Call& call, double upstream, const View& loss, const View& residuals,
+                 const View* gradient) {
+  with_logits_type(call.logits, [&](auto t, auto r) {
+    Passes<decltype(t), decltype(r)>(call, residuals, gradient).forward(loss, upstream);
+  });
 }
 
-void any_backward(const Call& call, const View& grad_loss, const View& residuals, const View& gradient,
-                  FreshMemory* fresh) {
+void any_backward(const Call& call, const View& grad_loss, const View& residuals, const View& gradient) {
   with_logits_type(call.logits, [&](auto t, auto r) {
-    backward_pass<decltype(t), decltype(r)>(call, grad_loss, residuals, gradient, fresh);
+    Passes<decltype(t), decltype(r)>(call, residuals, &gradient).backward(grad_loss);
   });
 }
 
@@ -24,12 +25,16 @@ TORCHFAST_END_KERNELS
 namespace torchfast::cross_entropy {
 
 void forward(const Call& call, const View& loss, const View& residuals) {
-  TORCHFAST_DISPATCH(any_forward)(call, loss, residuals);
+  TORCHFAST_DISPATCH(any_forward)(call, 1, loss, residuals, nullptr);
 }
 
-void backward(const Call& call, const View& grad_loss, const View& residuals, const View& gradient,
-              FreshMemory* fresh) {
-  TORCHFAST_DISPATCH(any_backward)(call, grad_loss, residuals, gradient, fresh);
+void forward_with_gradient(const Call& call, double upstream, const View& loss, const View& residuals,
+                           const View& gradient) {
+  TORCHFAST_DISPATCH(any_forward)(call, upstream, loss, residuals, &gradient);
+}
+
+void backward(const Call& call, const View& grad_loss, const View& residuals, const View& gradient) {
+  TORCHFAST_DISPATCH(any_backward)(call, grad_loss, residuals, gradient);
 }
 
 }  // namespace torchfast::cross_entropy

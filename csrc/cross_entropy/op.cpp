@@ -1,5 +1,5 @@
-// The ops torchfast::cross_entropy, cross_entropy_backward and cross_entropy_backward_ on the CPU: checks,
-// conversions, outputs.
+// The ops torchfast::cross_entropy, cross_entropy_with_gradient, cross_entropy_backward and
+// cross_entropy_backward_ on the CPU: checks, conversions, outputs.
 #include <optional>
 #include <vector>
 
@@ -10,7 +10,7 @@
 namespace torchfast::cross_entropy {
 namespace {
 
-// What all three ops take. A call looks at these tensors, converted to what the kernels read.
+// What all of them take. A call looks at these tensors, converted to what the kernels read.
 struct Inputs {
   explicit Inputs(Arguments& next)
       : logits(next.take<Tensor>()),
@@ -72,17 +72,27 @@ struct Inputs {
   Options options;
 };
 
+template <bool with_gradient>
 void run_forward(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments next(stack, count);
   Inputs inputs(next);
+  double upstream = with_gradient ? next.take<double>() : 1;
   next.end();
   Call call = inputs.call();
+  STD_TORCH_CHECK(!with_gradient || call.options.reduction != Reduction::none,
+                  "the loss of each row has an upstream gradient of its own");
   std::vector<int64_t> loss_sizes;
   for (int64_t d = 0; call.options.reduction == Reduction::none && d < call.logits.dims; ++d)
     if (d != call.class_dim()) loss_sizes.push_back(call.logits.size(d));
   Tensor loss = new_empty(inputs.logits, loss_sizes, inputs.real());
   Tensor residuals = new_empty(inputs.logits, {3 * call.rows() + 1}, inputs.real());
-  forward(call, output_of(loss), output_of(residuals));
+  if constexpr (with_gradient) {
+    Tensor gradient = empty_like(inputs.logits, inputs.logits.scalar_type());
+    forward_with_gradient(call, upstream, output_of(loss), output_of(residuals), output_of(gradient));
+    stack[2] = torch::stable::detail::from(gradient);
+  } else {
+    forward(call, output_of(loss), output_of(residuals));
+  }
   stack[0] = torch::stable::detail::from(loss);
   stack[1] = torch::stable::detail::from(residuals);
 }
@@ -101,12 +111,10 @@ void run_backward(StableIValue* stack, uint64_t count, uint64_t) {
                   "backward was given residuals or a gradient of another forward");
   Tensor grad = as_contiguous(grad_loss, inputs.real()), kept = as_contiguous(residuals, inputs.real());
   if constexpr (in_place) {
-    backward(call, view_of(grad), view_of(kept), output_of(inputs.logits), nullptr);
+    backward(call, view_of(grad), view_of(kept), output_of(inputs.logits));
   } else {
-    Tensor gradient = torch::stable::empty_like(inputs.logits);
-    View output = output_of(gradient);
-    FreshMemory fresh(output.data, gradient.numel() * gradient.element_size());
-    backward(call, view_of(grad), view_of(kept), output, &fresh);
+    Tensor gradient = empty_like(inputs.logits, inputs.logits.scalar_type());
+    backward(call, view_of(grad), view_of(kept), output_of(gradient));
     stack[0] = torch::stable::detail::from(gradient);
   }
 }
@@ -115,7 +123,8 @@ void run_backward(StableIValue* stack, uint64_t count, uint64_t) {
 }  // namespace torchfast::cross_entropy
 
 STABLE_TORCH_LIBRARY_IMPL(torchfast, CPU, m) {
-  m.impl("cross_entropy", &torchfast::cross_entropy::run_forward);
+  m.impl("cross_entropy", &torchfast::cross_entropy::run_forward<false>);
+  m.impl("cross_entropy_with_gradient", &torchfast::cross_entropy::run_forward<true>);
   m.impl("cross_entropy_backward", &torchfast::cross_entropy::run_backward<false>);
   m.impl("cross_entropy_backward_", &torchfast::cross_entropy::run_backward<true>);
 }

@@ -1,6 +1,6 @@
-// The two passes: forward reads the logits once, backward reads them again and writes the gradient once;
-// nothing else is input-sized. Long contiguous rows go chunk by chunk with an online maximum, few classes or
-// a strided class dimension tile by tile.
+// The passes over the logits: for the loss, for the gradient, or for both at once, which reads them from
+// memory once and writes the gradient once; nothing else is input-sized. Long contiguous rows go chunk by
+// chunk with an online maximum, few classes or a strided class dimension tile by tile.
 #if defined(TORCHFAST_CROSS_ENTROPY_PASSES_INL_H) == defined(TORCHFAST_TOGGLE)
 #ifdef TORCHFAST_CROSS_ENTROPY_PASSES_INL_H
 #undef TORCHFAST_CROSS_ENTROPY_PASSES_INL_H
@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -115,49 +116,6 @@ RowResult<R> forward_row(const Batch<T, R>& batch, int64_t i, Int<R> target, Scr
   return {loss, m, R(rest), R(u_psi)};
 }
 
-template <class T, class R>
-void forward_pass(const Call& call, const View& loss, const View& residuals) {
-  Batch<T, R> batch(call, nullptr);
-  const Options& o = batch.options;
-  int64_t rows = batch.rows;
-  R* each_loss = o.reduction == Reduction::none ? loss.writable<R>() : nullptr;
-  R* stats = residuals.writable<R>();
-  std::vector<double> loss_sum(batch.blocks), divisor_sum(batch.blocks);
-
-  batch.for_each_block([&](int64_t begin, int64_t n, int64_t block, Scratch<R>& s) {
-    divisor_sum[block] = batch.divisor(begin, n, s.target.get());
-    if (!batch.by_rows) {
-      Tile<R> tile = batch.tile(begin, n, s);
-      with_bools(batch.kind != U::none, o.gamma > 0, [&](auto dense, auto focal) {
-        loss_sum[block] = tile_forward<R, dense(), focal()>(
-            tile, R(o.gamma), R(o.z_loss), batch.samples ? batch.samples + begin : nullptr, stats + begin,
-            rows, each_loss ? each_loss + begin : nullptr);
-      });
-      return;
-    }
-    for (int64_t i = begin; i < begin + n; ++i) {
-      Int<R> target = s.target[i - begin];
-      RowResult<R> r{};
-      if (target != kIgnored)
-        with_kind(batch.kind, [&](auto kind) { r = forward_row<kind()>(batch, i, target, s); });
-      if (batch.samples && target != kIgnored) r.loss *= batch.samples[i];
-      stats[i] = r.m;
-      stats[rows + i] = r.rest;
-      stats[2 * rows + i] = r.u_psi;
-      loss_sum[block] += r.loss;
-      if (each_loss) each_loss[i] = R(r.loss);
-    }
-  });
-
-  bool mean = o.reduction == Reduction::mean;
-  double total = 0, divisor = mean ? 0 : 1;
-  for (double sum : loss_sum) total += sum;
-  for (double sum : divisor_sum) divisor += mean ? sum : 0;
-  stats[3 * rows] = R(divisor);
-  if (o.reduction != Reduction::none)
-    *loss.writable<R>() = divisor == 0 && o.empty_zero ? R(0) : R(total / divisor);
-}
-
 // ---- Backward --------------------------------------------------------------------------------
 
 template <U kind, bool focal, class T, class R>
@@ -195,51 +153,127 @@ void backward_row(const Batch<T, R>& batch, int64_t i, Int<R> target, const R* s
   }
 }
 
-template <class T, class R>
-void backward_pass(const Call& call, const View& grad_loss, const View& residuals, const View& gradient,
-                   FreshMemory* fresh) {
-  Batch<T, R> batch(call, &gradient);
-  const Options& o = batch.options;
-  const R *stats = residuals.as<R>(), *grads = grad_loss.as<R>();
-  double divisor = stats[3 * batch.rows], per_row = divisor == 0 ? 0 : 1 / divisor;
-  int64_t grad_step = o.reduction == Reduction::none ? 1 : 0, out_stride = gradient.stride(batch.class_dim);
-  T* out = gradient.writable<T>();
+// ---- The passes ------------------------------------------------------------------------------
 
-  batch.for_each_block([&](int64_t begin, int64_t n, int64_t, Scratch<R>& s) {
+// A call with its outputs; `gradient` is null where none is wanted.
+template <class T, class R>
+class Passes {
+ public:
+  Passes(const Call& call, const View& residuals, const View* gradient)
+      : batch(call, gradient),
+        o(batch.options),
+        stats(residuals.writable<R>()),
+        out(gradient ? gradient->writable<T>() : nullptr),
+        out_stride(gradient ? gradient->stride(batch.class_dim) : 0) {}
+
+  // Writes the loss and the residuals; and, block by block while the logits are in cache, the gradient, if
+  // one is wanted, for an upstream gradient of `upstream`.
+  void forward(const View& loss, double upstream) {
+    bool mean = o.reduction == Reduction::mean, each = o.reduction == Reduction::none;
+    R* each_loss = each ? loss.writable<R>() : nullptr;
+    std::vector<double> losses(batch.blocks), divisors(batch.blocks);
+    if (mean && out)
+      batch.for_each_block([&](int64_t begin, int64_t n, int64_t block, Scratch<R>& s) {
+        divisors[block] = batch.divisor(begin, n, s.target.get());
+      });
+    double divisor = mean && out ? total(divisors) : 1;
+    R grad = R(upstream);
+    batch.for_each_block([&](int64_t begin, int64_t n, int64_t block, Scratch<R>& s) {
+      if (mean && !out) divisors[block] = batch.divisor(begin, n, s.target.get());
+      if (out) find_upstream(begin, n, &grad, 0, divisor, s);
+      if (!batch.by_rows) {
+        Tile<R> tile = batch.tile(begin, n, s);
+        losses[block] = tile_losses(tile, begin, each_loss);
+        if (out) tile_gradient(tile, begin, s);
+        return;
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        losses[block] += row_loss(begin + j, s.target[j], each_loss, s);
+        if (out) row_gradient(begin + j, s.target[j], s.upstream[j], s);
+      }
+    });
+    if (mean) divisor = total(divisors);
+    stats[3 * batch.rows] = R(divisor);
+    if (!each) *loss.writable<R>() = divisor == 0 && o.empty_zero ? R(0) : R(total(losses) / divisor);
+  }
+
+  // Writes the gradient from the residuals of a forward.
+  void backward(const View& grad_loss) {
+    int64_t step = o.reduction == Reduction::none ? 1 : 0;
+    batch.for_each_block([&](int64_t begin, int64_t n, int64_t, Scratch<R>& s) {
+      find_upstream(begin, n, grad_loss.as<R>() + begin * step, step, stats[3 * batch.rows], s);
+      if (!batch.by_rows) return tile_gradient(batch.tile(begin, n, s), begin, s);
+      for (int64_t j = 0; j < n; ++j) row_gradient(begin + j, s.target[j], s.upstream[j], s);
+    });
+  }
+
+ private:
+  static double total(const std::vector<double>& parts) {
+    return std::accumulate(parts.begin(), parts.end(), 0.0);
+  }
+
+  // Decides what the gradients of rows begin .. begin+n-1 are multiplied by.
+  void find_upstream(int64_t begin, int64_t n, const R* grads, int64_t step, R divisor, Scratch<R>& s) const {
+    double per_row = divisor == 0 ? 0 : 1 / double(divisor);
     for (int64_t j = 0; j < n; ++j) {
       double sample = batch.samples ? batch.samples[begin + j] : R(1);
-      R g = R(grads[(begin + j) * grad_step] * per_row * sample);
-      s.upstream[j] = s.target[j] == kIgnored ? R(0) : g;
+      s.upstream[j] = s.target[j] == kIgnored ? R(0) : R(grads[j * step] * per_row * sample);
     }
-    if (!batch.by_rows) {
-      Tile<R> tile = batch.tile(begin, n, s);
-      std::fill(s.upstream.get() + n, s.upstream.get() + tile.width, R(0));
-      with_bools(batch.kind != U::none, o.gamma > 0, [&](auto dense, auto focal) {
-        tile_backward<R, dense(), focal()>(tile, R(o.gamma), R(o.z_loss), R(o.logit_scale), R(o.softcap),
-                                           stats + begin, batch.rows, s.upstream.get());
-      });
-      batch.unstage_tile(tile.z, out, out_stride, begin, n, tile.width);
+  }
+
+  double row_loss(int64_t i, Int<R> target, R* each_loss, Scratch<R>& s) const {
+    RowResult<R> r{};
+    if (target != kIgnored)
+      with_kind(batch.kind, [&](auto kind) { r = forward_row<kind()>(batch, i, target, s); });
+    if (batch.samples && target != kIgnored) r.loss *= batch.samples[i];
+    stats[i] = r.m;
+    stats[batch.rows + i] = r.rest;
+    stats[2 * batch.rows + i] = r.u_psi;
+    if (each_loss) each_loss[i] = R(r.loss);
+    return r.loss;
+  }
+
+  void row_gradient(int64_t i, Int<R> target, R upstream, Scratch<R>& s) const {
+    T* to = out + batch.of_gradient.offset(i);
+    if (upstream == 0) {  // an ignored row is not read, whatever it holds
+      for (int64_t c = 0; c < batch.classes; ++c) to[c * out_stride] = T{};
       return;
     }
-    for (int64_t i = begin; i < begin + n; ++i) {
-      T* to = out + batch.of_gradient.offset(i);
-      if (fresh && out_stride == 1) fresh->reach(to, batch.classes * sizeof(T));
-      R upstream = s.upstream[i - begin];
-      if (upstream == 0) {  // an ignored row is not read, whatever it holds
-        for (int64_t c = 0; c < batch.classes; ++c) to[c * out_stride] = T{};
-        continue;
-      }
-      with_kind(batch.kind, [&](auto kind) {
-        Int<R> target = s.target[i - begin];
-        if (o.gamma > 0 && kind() != U::none)
-          backward_row<focal_kind(kind()), kind() != U::none>(batch, i, target, stats, upstream, to,
-                                                              out_stride, s);
-        else
-          backward_row<kind(), false>(batch, i, target, stats, upstream, to, out_stride, s);
-      });
-    }
-  });
-}
+    with_kind(batch.kind, [&](auto kind) {
+      if (o.gamma > 0 && kind() != U::none)
+        backward_row<focal_kind(kind()), kind() != U::none>(batch, i, target, stats, upstream, to, out_stride,
+                                                            s);
+      else
+        backward_row<kind(), false>(batch, i, target, stats, upstream, to, out_stride, s);
+    });
+  }
+
+  double tile_losses(const Tile<R>& tile, int64_t begin, R* each_loss) const {
+    double sum = 0;
+    with_bools(batch.kind != U::none, o.gamma > 0, [&](auto dense, auto focal) {
+      sum = tile_forward<R, dense(), focal()>(tile, R(o.gamma), R(o.z_loss),
+                                              batch.samples ? batch.samples + begin : nullptr, stats + begin,
+                                              batch.rows, each_loss ? each_loss + begin : nullptr);
+    });
+    return sum;
+  }
+
+  // The gradient takes the place of the tile.
+  void tile_gradient(const Tile<R>& tile, int64_t begin, Scratch<R>& s) const {
+    std::fill(s.upstream.get() + tile.n, s.upstream.get() + tile.width, R(0));
+    with_bools(batch.kind != U::none, o.gamma > 0, [&](auto dense, auto focal) {
+      tile_backward<R, dense(), focal()>(tile, R(o.gamma), R(o.z_loss), R(o.logit_scale), R(o.softcap),
+                                         stats + begin, batch.rows, s.upstream.get());
+    });
+    batch.unstage_tile(tile.z, out, out_stride, begin, tile.n, tile.width);
+  }
+
+  Batch<T, R> batch;
+  const Options& o;
+  R* stats;
+  T* out;
+  int64_t out_stride;
+};
 
 TORCHFAST_END_KERNELS
 

@@ -42,4 +42,7 @@ Total forward(const Call& call, const View& each_loss);
 // own upstream gradient if `upstream` is given.
 void backward(const Call& call, double factor, const View& upstream, const View& gradient);
 
+// Does both for a sum or mean, whose gradient turns out to be `upstream`.
+Total forward_with_gradient(const Call& call, double upstream, const View& gradient);
+
 }  // namespace torchfast::sigmoid_focal_loss

@@ -15,5 +15,9 @@ void backward(const Call& call, double factor, const View& upstream, const View&
   TORCHFAST_DISPATCH(all_gradients)(call, factor, upstream, gradient);
 }
 
+Total forward_with_gradient(const Call& call, double upstream, const View& gradient) {
+  return TORCHFAST_DISPATCH(all_losses_and_gradients)(call, upstream, gradient);
+}
+
 }  // namespace torchfast::sigmoid_focal_loss
 #endif

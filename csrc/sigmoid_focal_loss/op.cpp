@@ -1,5 +1,5 @@
-// The ops torchfast::sigmoid_focal_loss and sigmoid_focal_loss_backward on the CPU: checks, conversions,
-// outputs.
+// The ops torchfast::sigmoid_focal_loss, sigmoid_focal_loss_with_gradient and sigmoid_focal_loss_backward on
+// the CPU: checks, conversions, outputs.
 #include "sigmoid_focal_loss/call.h"
 #include "torch/arguments.h"
 #include "torch/tensor.h"
@@ -7,7 +7,7 @@
 namespace torchfast::sigmoid_focal_loss {
 namespace {
 
-// What both ops take. A call looks at these tensors, converted to what the kernels read.
+// What all of them take. A call looks at these tensors, converted to what the kernels read.
 struct Inputs {
   explicit Inputs(Arguments& next)
       : logits(next.take<Tensor>()),
@@ -78,14 +78,24 @@ void write(Tensor& x, double value) {
     *view.writable<float>() = float(value);
 }
 
+template <bool with_gradient>
 void run_forward(StableIValue* stack, uint64_t count, uint64_t) {
   Arguments next(stack, count);
   Inputs in(next);
+  double upstream = with_gradient ? next.take<double>() : 1;
   next.end();
   Call call = in.call();
+  STD_TORCH_CHECK(!with_gradient || !in.each(), "each loss has an upstream gradient of its own");
   Tensor loss = in.each() ? empty_like(in.logits, in.real()) : new_empty(in.logits, {}, in.real());
   Tensor divisor = new_empty(in.logits, {1}, in.real());
-  Total total = forward(call, in.each() ? output_of(loss) : View{});
+  Total total;
+  if constexpr (with_gradient) {
+    Tensor gradient = empty_like(in.logits, in.logits.scalar_type());
+    total = forward_with_gradient(call, upstream, output_of(gradient));
+    stack[2] = torch::stable::detail::from(gradient);
+  } else {
+    total = forward(call, in.each() ? output_of(loss) : View{});
+  }
   double by = in.options.reduction == Reduction::mean ? double(total.counted) : 1;
   write(divisor, by);
   if (!in.each()) write(loss, by == 0 && in.options.empty_zero ? 0 : total.loss / by);
@@ -116,6 +126,7 @@ void run_backward(StableIValue* stack, uint64_t count, uint64_t) {
 }  // namespace torchfast::sigmoid_focal_loss
 
 STABLE_TORCH_LIBRARY_IMPL(torchfast, CPU, m) {
-  m.impl("sigmoid_focal_loss", &torchfast::sigmoid_focal_loss::run_forward);
+  m.impl("sigmoid_focal_loss", &torchfast::sigmoid_focal_loss::run_forward<false>);
+  m.impl("sigmoid_focal_loss_with_gradient", &torchfast::sigmoid_focal_loss::run_forward<true>);
   m.impl("sigmoid_focal_loss_backward", &torchfast::sigmoid_focal_loss::run_backward);
 }

@@ -1,7 +1,7 @@
-// The elements in tiles that fit in L1, in the memory order of the output: one pass each for the losses and
-// for the gradient. A tile is read where it lies if it is dense there and of the type of the mathematics,
-// else it is gathered first. Integer targets become a tile of values; so do class ids, whose one-hot matrix
-// never exists.
+// The elements in tiles that fit in L1, in the memory order of the output: a pass for the losses, one for the
+// gradient, and one for both. A tile is read where it lies if it is dense there and of the type of the
+// mathematics, else it is gathered first. Integer targets become a tile of values; so do class ids, whose
+// one-hot matrix never exists.
 #if defined(TORCHFAST_SIGMOID_FOCAL_LOSS_TILES_INL_H) == defined(TORCHFAST_TOGGLE)
 #ifdef TORCHFAST_SIGMOID_FOCAL_LOSS_TILES_INL_H
 #undef TORCHFAST_SIGMOID_FOCAL_LOSS_TILES_INL_H
@@ -19,14 +19,13 @@
 #include <type_traits>
 #include <vector>
 
-#include "memory/fresh.h"
 #include "memory/parallel.h"
 #include "memory/walk-inl.h"
 #include "sigmoid_focal_loss/formula-inl.h"
 
 TORCHFAST_KERNELS
 
-using sigmoid_focal_loss::Call, sigmoid_focal_loss::Total;
+using sigmoid_focal_loss::Call, sigmoid_focal_loss::Reduction, sigmoid_focal_loss::Total;
 
 constexpr int64_t kTile = 1024;    // elements that stay in L1 between gathering and use
 constexpr int64_t kBlock = 16384;  // their losses are one term of the sum, however many threads there are
@@ -78,6 +77,19 @@ void tile_backward(const Tile<R>& t, const Formula<R>& k, int64_t n, R* out) {
     auto f = factors<hard, weighted>(t, k, i, count);
     store_n<R>(out + i, gradient_of<mode, R>(load_n<R>(t.z + i, count), f, k), count);
   });
+}
+
+// Both at once: they share an exponential, a logarithm and powers. `scaled` is k times the upstream gradient.
+template <Mode mode, bool hard, bool weighted, class R>
+double tile_both(const Tile<R>& t, const Formula<R>& k, const Formula<R>& scaled, int64_t n, R* out) {
+  Vec<R> sum{};
+  for_each_vec<R, 1>(n, [&](int64_t i, int, auto count) __attribute__((always_inline)) {
+    Vec<R> z = load_n<R>(t.z + i, count);
+    Vec<R> loss = loss_of<mode, R>(z, factors<hard, weighted>(t, k, i, count), k);
+    sum += only_n<R>(loss, count, R(0));
+    store_n<R>(out + i, gradient_of<mode, R>(z, factors<hard, weighted>(t, scaled, i, count), k), count);
+  });
+  return sum_lanes<R>(sum);
 }
 
 // Calls f(mode, hard, weighted). Double precision is for checking, not for speed: it has one kernel a mode.
@@ -174,6 +186,7 @@ class Tiles {
             read(upstream_, s.upstream), all_count ? nullptr : s.counts};
   }
   bool is_hard() const { return hard_; }
+  bool some_may_not_count() const { return mask_ || ids_; }
 
   const int64_t numel, blocks;
 
@@ -275,35 +288,40 @@ class Tiles {
 
 // ---- Passes: the output is the leader of the walk ----------------------------------------------
 
+// Counts the elements of a tile that are neither masked nor ignored.
+template <class R>
+int64_t counted(const Tile<R>& tile, int64_t n) {
+  return tile.counts ? n - std::count(tile.counts, tile.counts + n, R(0)) : n;
+}
+
+inline Total total(const std::vector<Total>& parts) {
+  Total sum;
+  for (const Total& part : parts) sum.loss += part.loss, sum.counted += part.counted;
+  return sum;
+}
+
 template <class R>
 Total losses(const Call& call, const View& each_loss) {
   R* out = each_loss.writable<R>();
-  FreshMemory fresh(out, each_loss.elements * sizeof(R));
   Tiles<R> tiles(call, each_loss ? each_loss : call.logits);
   Formula<R> k(call.options, 1);
   std::vector<Total> parts(tiles.blocks);
   tiles.for_each([&](int64_t i, int64_t n, int64_t block, Scratch<R>& s) {
-    if (out) fresh.reach(out + i, n * sizeof(R));
     Tile<R> tile = tiles.read(i, n, s);
     with_kernel(tile, k, tiles.is_hard(), [&](auto mode, auto hard, auto weighted) {
       parts[block].loss += tile_forward<mode(), hard(), weighted()>(tile, k, n, out ? out + i : nullptr);
     });
-    parts[block].counted += n;
-    for (int64_t j = 0; tile.counts && j < n; ++j) parts[block].counted -= tile.counts[j] == 0;
+    parts[block].counted += counted(tile, n);
   });
-  Total total;
-  for (const Total& part : parts) total.loss += part.loss, total.counted += part.counted;
-  return total;
+  return total(parts);
 }
 
 template <class T, class R>
 void gradients(const Call& call, double factor, const View& upstream, const View& gradient) {
   T* to = gradient.writable<T>();
-  FreshMemory fresh(to, gradient.elements * sizeof(T));
   Tiles<R> tiles(call, gradient, upstream);
   Formula<R> k(call.options, factor);
   tiles.for_each([&](int64_t i, int64_t n, int64_t, Scratch<R>& s) {
-    fresh.reach(to + i, n * sizeof(T));
     Tile<R> tile = tiles.read(i, n, s);
     R* out = s.out;
     if constexpr (std::is_same_v<T, R>) out = to + i;
@@ -314,6 +332,38 @@ void gradients(const Call& call, double factor, const View& upstream, const View
   });
 }
 
+// Both in one walk, with the same bits. The mean's divisor comes first: where elements may not count, that is
+// a walk of its own.
+template <class T, class R>
+Total losses_and_gradients(const Call& call, double upstream, const View& gradient) {
+  T* to = gradient.writable<T>();
+  Tiles<R> tiles(call, gradient);
+  std::vector<Total> parts(tiles.blocks);
+  bool mean = call.options.reduction == Reduction::mean, first = mean && tiles.some_may_not_count();
+  if (first)
+    tiles.for_each([&](int64_t i, int64_t n, int64_t block, Scratch<R>& s) {
+      parts[block].counted += counted(tiles.read(i, n, s), n);
+    });
+  R divisor = !mean ? R(1) : R(first ? total(parts).counted : tiles.numel);
+  double factor = divisor == 0 ? 0 : 1 / double(divisor) * upstream;
+  if (memory_order(gradient) != memory_order(call.logits)) {  // their sum would be of another order
+    gradients<T, R>(call, factor, {}, gradient);
+    return losses<R>(call, {});
+  }
+  Formula<R> k(call.options, 1), scaled(call.options, factor);
+  tiles.for_each([&](int64_t i, int64_t n, int64_t block, Scratch<R>& s) {
+    Tile<R> tile = tiles.read(i, n, s);
+    R* out = s.out;
+    if constexpr (std::is_same_v<T, R>) out = to + i;
+    with_kernel(tile, k, tiles.is_hard(), [&](auto mode, auto hard, auto weighted) {
+      parts[block].loss += tile_both<mode(), hard(), weighted()>(tile, k, scaled, n, out);
+    });
+    if (!first) parts[block].counted += counted(tile, n);
+    if constexpr (!std::is_same_v<T, R>) convert<R>(out, to + i, n);
+  });
+  return total(parts);
+}
+
 Total all_losses(const Call& call, const View& each_loss) {
   return with_logits_type(call.logits, [&](auto, auto r) { return losses<decltype(r)>(call, each_loss); });
 }
@@ -321,6 +371,12 @@ Total all_losses(const Call& call, const View& each_loss) {
 void all_gradients(const Call& call, double factor, const View& upstream, const View& gradient) {
   with_logits_type(call.logits, [&](auto t, auto r) {
     gradients<decltype(t), decltype(r)>(call, factor, upstream, gradient);
+  });
+}
+
+Total all_losses_and_gradients(const Call& call, double upstream, const View& gradient) {
+  return with_logits_type(call.logits, [&](auto t, auto r) {
+    return losses_and_gradients<decltype(t), decltype(r)>(call, upstream, gradient);
   });
 }
 

@@ -80,15 +80,8 @@ inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArra
   return Tensor(made);
 }
 
-// Makes a tensor of the given one's shape, layout and device.
-inline Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
-  std::array<StableIValue, 6> stack{};
-  stack[0] = torch::stable::detail::from(tensor);
-  stack[1] = torch::stable::detail::from(std::optional(dtype));
-  for (size_t i = 2; i < stack.size(); ++i) stack[i] = torch::stable::detail::from(std::nullopt);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
+// Makes a tensor of the given one's shape, layout and device. A large one has memory that is used again,
+// where torch can be told what to do with it in the end (from 2.11 on).
+Tensor empty_like(const Tensor& tensor, ScalarType dtype);
 
 }  // namespace torchfast
