@@ -6,7 +6,7 @@
 #define TORCHFAST_REGRESSION_MOMENTS_INL_H
 #endif
 
-#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 
@@ -28,51 +28,81 @@ void widen(const Column& column, int64_t begin, int64_t n, double* to) {
   });
 }
 
-template <class F>
-double sum_of(int64_t n, const F& term) {
-  Vec<double> sums[4] = {};
-  for_each_vec<double>(n, [&](int64_t i, int k, auto count) __attribute__((always_inline)) {
-    sums[k] += only_n<double>(term(i, count), count, 0);
-  });
-  return sum_lanes<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+// Calls term(i, count, sums) for each vector of n elements, and adds up each of the sums that it adds to.
+template <int terms, class F>
+std::array<double, terms> sums_of(int64_t n, const F& term) {
+  Vec<double> sums[4][terms] = {};
+  for_each_vec<double>(
+      n, [&](int64_t i, int k, auto count) __attribute__((always_inline)) { term(i, count, sums[k]); });
+  std::array<double, terms> totals;
+  for (int t = 0; t < terms; ++t)
+    totals[t] = sum_lanes<double>((sums[0][t] + sums[1][t]) + (sums[2][t] + sums[3][t]));
+  return totals;
+}
+
+// Loads `count` elements of float or double as doubles; the other lanes are 0.
+template <class S>
+TORCHFAST_INLINE Vec<double> widened(const S* p, auto count) {
+  typedef S Part __attribute__((vector_size(Simd<double>::lanes * sizeof(S))));
+  Part part{};
+  __builtin_memcpy(&part, p, count * sizeof(S));
+  return __builtin_convertvector(part, Vec<double>);
+}
+
+// Sums about the chunk's own mean in a second walk of the chunk: what rounding has left of the mean there
+// moves the scatter to it.
+template <bool weighted, class S>
+void sum_up(const S* p, const S* y, const double* w, int64_t n, Moments& m) {
+  auto weigh = [&](Vec<double> v, int64_t i, auto count) __attribute__((always_inline)) {
+    if constexpr (weighted) v = v * load_n<double>(w + i, count);
+    return only_n<double>(v, count, 0);
+  };
+  auto [absolute, squared, sum] =
+      sums_of<3>(n, [&](int64_t i, auto count, Vec<double>* sums) __attribute__((always_inline)) {
+        Vec<double> v = widened(y + i, count), d = v - widened(p + i, count);
+        sums[0] += weigh(d < 0 ? -d : d, i, count);
+        sums[1] += weigh(d * d, i, count);
+        sums[2] += weigh(v, i, count);
+      });
+  m.absolute = absolute, m.squared = squared;
+  if (m.weight == 0) return;
+  m.mean = sum / m.weight;
+  auto [left, scatter] =
+      sums_of<2>(n, [&](int64_t i, auto count, Vec<double>* sums) __attribute__((always_inline)) {
+        Vec<double> d = widened(y + i, count) - m.mean;
+        sums[0] += weigh(d, i, count);
+        sums[1] += weigh(d * d, i, count);
+      });
+  m.rest = left / m.weight;
+  m.scatter = scatter - m.rest * left;
 }
 
 Moments chunk_moments(const Column& preds, const Column& target, const double* weight, int64_t begin,
                       int64_t n) {
+  Moments m;
+  m.samples = m.weight = double(n);
+  auto is_read = [](const Column& column) { return column.view.type == Type::f32 && column.stride == 1; };
+  if (!weight && is_read(preds) && is_read(target)) {
+    auto at = [&](const Column& column) { return column.view.as<float>() + column.offset + begin; };
+    sum_up<false>(at(preds), at(target), weight, n, m);
+    return m;
+  }
   alignas(64) double p[kChunk], y[kChunk], w[kChunk];
   widen(preds, begin, n, p);
   widen(target, begin, n, y);
-  Moments m;
-  if (weight) {
-    for (int64_t i = 0; i < n; ++i) {
-      double given = weight[begin + i];
-      w[i] = given >= 0 ? given : NAN;
-      m.samples += given != 0;
-      if (given == 0) p[i] = y[i] = 0;  // a sample of weight 0 does not count, even if it is NaN
-    }
-    m.weight = sum_of(n, [&](int64_t i, auto c) { return load_n<double>(w + i, c); });
-  } else {
-    std::fill_n(w, n, 1.0);
-    m.samples = m.weight = double(n);
+  if (!weight) {
+    sum_up<false>(p, y, w, n, m);
+    return m;
   }
-  m.absolute = sum_of(n, [&](int64_t i, auto c) {
-    Vec<double> d = load_n<double>(y + i, c) - load_n<double>(p + i, c);
-    return load_n<double>(w + i, c) * (d < 0 ? -d : d);
-  });
-  m.squared = sum_of(n, [&](int64_t i, auto c) {
-    Vec<double> d = load_n<double>(y + i, c) - load_n<double>(p + i, c);
-    return load_n<double>(w + i, c) * d * d;
-  });
-  if (m.weight == 0) return m;
-  m.mean = sum_of(n, [&](int64_t i, auto c) { return load_n<double>(w + i, c) * load_n<double>(y + i, c); }) /
-           m.weight;
-  m.rest = sum_of(n, [&](int64_t i,
-                         auto c) { return load_n<double>(w + i, c) * (load_n<double>(y + i, c) - m.mean); }) /
-           m.weight;
-  m.scatter = sum_of(n, [&](int64_t i, auto c) {
-    Vec<double> d = load_n<double>(y + i, c) - m.mean - m.rest;
-    return load_n<double>(w + i, c) * d * d;
-  });
+  m.samples = m.weight = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double given = weight[begin + i];
+    w[i] = given >= 0 ? given : NAN;
+    m.samples += given != 0;
+    m.weight += w[i];
+    if (given == 0) p[i] = y[i] = 0;  // a sample of weight 0 does not count, even if it is NaN
+  }
+  sum_up<true>(p, y, w, n, m);
   return m;
 }
 
