@@ -71,6 +71,7 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
+	$(BIN)/python benchmarks/run.py --kept-memory
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/readme.py

@@ -97,7 +97,7 @@ EIGHTY = """
 import run
 from rich.console import Console
 def rows(case):
-    for name in (*case.contenders, "torch.compile", "clone", "read"):
+    for name in (*case.contenders, "torch.compile", "copy_", "read"):
         for what in run.timings(name):
             yield {"contender": name, "what": what, "p50_ms": 1234.5678, "peak_bytes": 12 * case.elements, "note": ""}
 console = Console(width=80, soft_wrap=True)
