@@ -7,7 +7,6 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -21,7 +20,7 @@
 
 TORCHFAST_KERNELS
 
-constexpr int64_t kBlockDocuments = 32768;  // documents that a thread takes at a time
+constexpr int64_t kBlockDocuments = 32768;  // fewer documents are not worth waking a thread
 
 inline bool are_boundaries(const int64_t* offsets, int64_t queries, int64_t total) {
   bool legal = offsets[0] >= 0 && offsets[queries] <= total;
@@ -62,24 +61,10 @@ class Queries {
       for (int64_t q = 0; q < c_.queries; ++q)
         if (is_huge(q)) worker.rank(q, Parts{threads});
     }
-    // The others are ranked block by block: a thread begins with a share of its own, side by side in memory,
-    // and then helps the next thread.
-    int64_t blocks = c_.documents / kBlockDocuments + 1, shares = std::min(blocks, threads);
-    std::vector<std::atomic<int64_t>> next(shares);
-    auto first_block = [=](int64_t share) { return share * blocks / shares; };
-    for (int64_t share = 0; share < shares; ++share) next[share] = first_block(share);
-    parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
-      for (; from < to; ++from) {
-        Worker worker(*this, discounts);
-        for (int64_t i = from; i < from + shares; ++i) {
-          int64_t share = i % shares;
-          for (int64_t block; (block = next[share]++) < first_block(share + 1);)
-            for (int64_t q = first_of(block), end = first_of(block + 1); q < end; ++q) {
-              if (q + 1 < end) prefetch(q + 1);
-              if (!is_huge(q)) worker.rank(q, Parts{});
-            }
-        }
-      }
+    parallel_for(0, c_.documents / kBlockDocuments + 1, 1, [&](int64_t from, int64_t to) {
+      Worker worker(*this, discounts);
+      for (int64_t q = first_of(from), end = first_of(to); q < end; ++q)
+        if (!is_huge(q)) worker.rank(q, Parts{});
     });
   }
 
@@ -87,18 +72,6 @@ class Queries {
   static constexpr int64_t kHuge = 1 << 18;
 
   int64_t documents_of(int64_t q) const { return c_.offsets ? c_.offsets[q + 1] - c_.offsets[q] : c_.width; }
-
-  // The hardware prefetches page by page. Rows of about that size are asked for while the one before is
-  // ranked, a tenth faster (10000 x 1000); much shorter or longer ones are not. It is inline because GCC
-  // drops calls that only prefetch.
-  TORCHFAST_INLINE void prefetch(int64_t q) const {
-    int64_t n = documents_of(q), first = c_.offsets ? c_.offsets[q] : q;
-    if (n < 256 || n > kChunk) return;
-    for (const ranking::Elements* x : {&c_.target, &c_.preds}) {
-      const char* data = x->from(first);
-      for (int64_t byte = 0; byte < n * size_of(x->type); byte += 64) __builtin_prefetch(data + byte);
-    }
-  }
 
   // Returns the first query that begins in a block of documents or behind it.
   int64_t first_of(int64_t block) const {
