@@ -178,17 +178,21 @@ def register(
         with_gradient = _define(f"{name}_with_gradient", schema, reference_with_gradient, fake_with_gradient)
     else:
         with_gradient = None
-    reduction = [argument.name for argument in arguments].index("reduction")
+    reduction = next((i for i, argument in enumerate(arguments) if argument.name == "reduction"), None)
     guess = Guess()
 
     @functools.cache
     def at_once() -> bool:
         """True if compiled code serves the CPU: there the upstream gradient can be looked at without waiting."""
-        return not several and torch._C._dispatch_has_kernel_for_dispatch_key(with_gradient.name(), "CPU")
+        return (
+            not several
+            and reduction is not None
+            and torch._C._dispatch_has_kernel_for_dispatch_key(with_gradient.name(), "CPU")
+        )
 
     def guessed(inputs: tuple[Any, ...]) -> float | None:
         """The upstream gradient to compute the gradient for in the forward; None to leave it to the backward."""
-        if inputs[0].device.type != "cpu" or inputs[reduction] == NONE or (inplace and inputs[-1]) or not at_once():
+        if not at_once() or inputs[0].device.type != "cpu" or inputs[reduction] == NONE or (inplace and inputs[-1]):
             return None
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # who offloads wants its memory
             return None
