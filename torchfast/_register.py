@@ -178,7 +178,7 @@ def register(
         with_gradient = _define(f"{name}_with_gradient", schema, reference_with_gradient, fake_with_gradient)
     else:
         with_gradient = None
-    reduction = next((i for i, argument in enumerate(arguments) if argument.name == "reduction"), None)
+    reduction = {argument.name: i for i, argument in enumerate(arguments)}.get("reduction", -1)
     guess = Guess()
 
     @functools.cache
@@ -186,7 +186,7 @@ def register(
         """True if compiled code serves the CPU: there the upstream gradient can be looked at without waiting."""
         return (
             not several
-            and reduction is not None
+            and reduction >= 0
             and torch._C._dispatch_has_kernel_for_dispatch_key(with_gradient.name(), "CPU")
         )
 
