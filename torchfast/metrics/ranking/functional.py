@@ -351,6 +351,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
         ((4, 20_000), 1000, 0.001),
         ((4, 20_000), 1000, 0.5),
         ((2, 300_000), 2000, 0.0001),
+        ((2, 300_000), 2000, 0.5),
     ):
         x, y = scores(*shape, values=values), grades(*shape, relevant=relevant)
         for ties in ("average", "stable"):
