@@ -310,7 +310,7 @@ def report(console: Console, results: list[tuple[Case, list[dict[str, Any]]]]) -
     headings = ("fwd ms\nfwd+bwd ms\ngraph ms", "GB/s\ncopy_ GB/s\nof copy_", "\n".join(PEERS))
     console.print(overview(headings, shown), soft_wrap=False)
     console.print(
-        f"aim: {AIM:g} of the copy bandwidth for rows of 4k classes and more; must: no peer is faster, in a graph or not"
+        f"aim: {AIM:g} of the copy bandwidth for rows of 4k classes and more; must: none is faster, in a graph or not"
     )
     for note in dict.fromkeys(notes):
         console.print(note, style="red", markup=False)
