@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operat
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     """As a user runs it, with the kernels under test: their environment variables are inherited."""
     command = [sys.executable, "-m", "torchfast.selftest", *options]
-    return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
