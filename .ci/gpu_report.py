@@ -105,11 +105,12 @@ def of_benchmark(rows: list[dict[str, Any]], cut: bool) -> Outcome:
         found.wrong += [f"{row['case']}: {note}" for note in row["notes"] if note.startswith("torchfast")]
         if row["of_copy"] is not None and row["of_copy"] < LOW:
             found.low.append(f"{row['of_copy']:.2f} of copy: {row['case']}, {row['gb_per_s']:.0f} GB/s")
-        found.lost += [
-            f"{peer} takes {ratio:.2f} of our time: {row['case']}"
-            for peer, ratio in row["times_slower"].items()
-            if ratio < LOST
-        ]
+        for where, suffix in ("", ""), (" in a graph", "_in_graph"):
+            found.lost += [
+                f"{peer} takes {ratio:.2f} of our time{where}: {row['case']}"
+                for peer, ratio in row[f"times_slower{suffix}"].items()
+                if ratio < LOST
+            ]
     if not rows:
         found.wrong.append("no case was measured")
     found.low.sort()

@@ -177,7 +177,7 @@ def calls(device: str) -> dict[str, tuple[Callable[[], Tensors], Callable[..., T
 
     generator = torch.Generator(device).manual_seed(0)
     head = torch.randn(500, 64, device=device, generator=generator)
-    small = device != "cuda"  # the rehearsal
+    small = torch.device(device).type != "cuda"  # the rehearsal
     found: dict[str, tuple[Callable[[], Tensors], Callable[..., Tensors]]] = {}
     for dtype in torch.float32, torch.bfloat16:
         of_dtype = str(dtype).removeprefix("torch.")

@@ -286,20 +286,18 @@ def machine(args: argparse.Namespace) -> Iterator[Gpu]:
 def figures(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Makes a line of the table, with None for what was not measured, and for each peer how many times slower it is."""
     times = {(r["contender"], r["what"]): float(r["p50_ms"]) for r in rows if "p50_ms" in r}
-    ours, copy = times.get(("torchfast", "fwd+bwd")), times["copy_", "floor"]
-    copied = MOVED["floor"] * case.elements * case.dtype.itemsize / copy / 1e6
-    achieved = case.moved / ours / 1e6 if ours else None
-    return {
-        "case": case.label,
-        "fwd_ms": times.get(("torchfast", "fwd")),
-        "ms": ours,
-        "gb_per_s": achieved,
-        "copy_gb_per_s": copied,
-        "of_copy": achieved and achieved / copied,
-        "times_slower": {peer: times[peer, "fwd+bwd"] / ours for peer in PEERS if ours and (peer, "fwd+bwd") in times},
-        "graph_ms": times.get(("torchfast", "graph")),
-        "notes": [f"{r['contender']}: {r['note']}" for r in rows if r["note"]],
-    }
+    copied = MOVED["floor"] * case.elements * case.dtype.itemsize / times["copy_", "floor"] / 1e6
+    found = {"case": case.label, "fwd_ms": times.get(("torchfast", "fwd")), "copy_gb_per_s": copied}
+    for what, suffix in ("fwd+bwd", ""), ("graph", "_in_graph"):
+        ours = times.get(("torchfast", what))
+        achieved = case.moved / ours / 1e6 if ours else None
+        found |= {
+            f"ms{suffix}": ours,
+            f"gb_per_s{suffix}": achieved,
+            f"of_copy{suffix}": achieved and achieved / copied,
+            f"times_slower{suffix}": {p: times[p, what] / ours for p in PEERS if ours and (p, what) in times},
+        }
+    return found | {"notes": [f"{r['contender']}: {r['note']}" for r in rows if r["note"]]}
 
 
 def report(console: Console, results: list[tuple[Case, list[dict[str, Any]]]]) -> None:
@@ -311,7 +309,9 @@ def report(console: Console, results: list[tuple[Case, list[dict[str, Any]]]]) -
     console.print("Medians. Peers: how many times slower than torchfast, forward + backward")
     headings = ("fwd ms\nfwd+bwd ms\ngraph ms", "GB/s\ncopy_ GB/s\nof copy_", "\n".join(PEERS))
     console.print(overview(headings, shown), soft_wrap=False)
-    console.print(f"aim: {AIM:g} of the copy bandwidth for rows of 4k classes and more; must: no peer is faster")
+    console.print(
+        f"aim: {AIM:g} of the copy bandwidth for rows of 4k classes and more; must: none is faster, in a graph or not"
+    )
     for note in dict.fromkeys(notes):
         console.print(note, style="red", markup=False)
 
@@ -322,23 +322,29 @@ def cells(case: Case, found: dict[str, Any]) -> list[str]:
 
     of_copy, slower = found["of_copy"], found["times_slower"]
     columns = (
-        [text(found[name]) for name in ("fwd_ms", "ms", "graph_ms")],
+        [text(found[name]) for name in ("fwd_ms", "ms", "ms_in_graph")],
         [text(found["gb_per_s"]), text(found["copy_gb_per_s"]), f"{of_copy:.2f}" if of_copy else "-"],
         [text(slower.get(peer), "x") for peer in PEERS],
     )
-    return [*map("\n".join, columns), verdict(case, of_copy, slower)]
+    return [*map("\n".join, columns), verdict(case, found)]
 
 
-def verdict(case: Case, of_copy: float | None, times_slower: dict[str, float]) -> str:
-    if of_copy is None:
+def verdict(case: Case, found: dict[str, Any]) -> str:
+    """Judges what a loop in Python sees, where the host's time counts, and what a graph does, the kernels alone."""
+    if found["of_copy"] is None:
         return "[red]not timed"
-    if not times_slower:
+    if found["of_copy_in_graph"] is None:
+        return "[red]no graph"
+    each = [("", found["times_slower"]), (" in a graph", found["times_slower_in_graph"])]
+    if not each[0][1]:
         return "-"
-    if slower := [peer for peer, ratio in times_slower.items() if ratio < 0.95]:  # 5% is noise
+    if slower := [peer + where for where, of in each for peer, ratio in of.items() if ratio < 0.95]:  # 5% is noise
         return f"[red]slower: {', '.join(slower)}"
     if case.shape[1] < 4096 or case.bytes_read:  # a metric sorts, and has no aim yet
         return "-"
-    return "[green]met" if of_copy >= AIM else f"[yellow]below {AIM:g}"
+    if found["of_copy"] >= AIM:
+        return "[green]met"
+    return f"[yellow]{'met in a graph' if found['of_copy_in_graph'] >= AIM else f'below {AIM:g}'}"
 
 
 # ---- Other tiles ------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operat
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     """As a user runs it, with the kernels under test: their environment variables are inherited."""
     command = [sys.executable, "-m", "torchfast.selftest", *options]
-    return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -210,6 +210,30 @@ def test_a_wrong_kernel_fails_in_every_dtype_and_is_named(wrong: str, report: An
         assert rows[dtype]["max_error"] is None or rows[dtype]["max_error"] > 1
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros_like, lambda gradient: gradient * 1.5], ids=["zero", "off by half"])
+@pytest.mark.once
+def test_a_wrong_small_gradient_fails_in_every_dtype(
+    wrong: Any, report: Any, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Only those below 2e-6 are wrong, where the largest is nearly 1."""
+
+    def spread(device: str, dtype: torch.dtype, large: bool) -> Iterator[Sample]:
+        x = torch.linspace(0, -14, 70).to(device, dtype)
+        yield Sample((x[None], torch.tensor([9], device=device)), {"reduction": "sum"})
+
+    def small(gradient: Tensor) -> Tensor:
+        return torch.where(gradient.abs() < 2e-6, wrong(gradient), gradient)
+
+    sampled(monkeypatch, spread)
+    with planted(device):
+        assert report()[0] == 0
+    with planted(device, backward=with_gradient(small)):
+        code, rows = report()
+    assert code == 1
+    for dtype in DTYPES:
+        assert [failure.partition("[")[0] for failure in rows[dtype]["failures"]] == ["sample 0: gradient"]
+
+
 @pytest.mark.once
 def test_the_table_says_which_row_failed_and_how(capsys: pytest.CaptureFixture[str], device: str) -> None:
     with planted(device, forward=with_loss(torch.neg)):
@@ -328,6 +352,14 @@ def test_samples_that_cannot_be_made_are_a_failure(
     assert code == 1 and all(message in rows[dtype]["failures"][0] for dtype in DTYPES)
 
 
+def test_huge_queries_are_sampled_with_few_and_with_many_relevant_documents() -> None:
+    """Both are sorted, on CUDA in slices: few by themselves, many as they are."""
+    samples = metrics["ranking_metrics"].sample_inputs(large=True)
+    targets = [sample.args[1] for sample in samples if sample.args[1].shape[-1] == 300_000]
+    shares = sorted((target > 0).double().mean().item() for target in targets)
+    assert 0 < shares[0] < 1e-3 and shares[-1] > 0.4
+
+
 # ---- Roundings -------------------------------------------------------------------------------
 
 
@@ -340,12 +372,26 @@ def test_one_rounding_passes_and_many_do_not(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
-def test_zeros_do_not_pass_for_the_small_gradient_of_a_mean(dtype: torch.dtype) -> None:
-    truth = torch.full((1000, 1000), 1e-6, dtype=torch.float64)
-    assert selftest.errors(torch.zeros(1000, 1000, dtype=dtype), truth).min() > 1
+def test_zeros_do_not_pass_for_small_elements_but_for_what_cancels(dtype: torch.dtype) -> None:
+    truth = torch.full((100, 100), 1e-6, dtype=torch.float64)
+    truth[0] = 1.0
     assert selftest.errors(truth.to(dtype), truth).max() <= 0.5
-    cancelled = torch.full((1000, 1000), 1e-20, dtype=torch.float64)
-    assert selftest.errors(torch.zeros(1000, 1000, dtype=dtype), cancelled).max() < 1
+    zeros = truth.clone().to(dtype)
+    zeros[1:] = 0
+    assert selftest.errors(zeros, truth)[1:].min() > 1
+    cancelled = torch.full((100, 100), 1e-20, dtype=torch.float64)
+    assert selftest.errors(torch.zeros(100, 100, dtype=dtype), cancelled, torch.ones_like(cancelled)).max() < 1
+
+
+def test_sizes_are_those_of_the_terms_where_they_cancel() -> None:
+    """The gradient of the first row is p - y = 0, from terms of 1/4; that of the second is p alone in two classes."""
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -20.0, -40.0]], dtype=torch.float64)
+    y = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
+    op, sample = registry["cross_entropy"], Sample((x, y), {"reduction": "sum"})
+    truth = selftest._truth(op, sample)
+    _, size = selftest._sizes(op, sample, truth)
+    assert truth[1][0].abs().max() < 1e-16 and (size[0] > 0.01).all() and (size[0] < 1).all()
+    assert (size[1, 2:] > truth[1][1, 2:]).all() and (size[1, 2:] < 100 * truth[1][1, 2:]).all()
 
 
 def test_a_device_that_torch_does_not_see_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

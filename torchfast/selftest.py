@@ -4,9 +4,11 @@ Every op runs on each of its sample inputs, on every device that torch sees and 
 gradients, and the gradient written over the input; of a metric, what its kernels return. The truth is the op's plain
 PyTorch reference, differentiated by autograd, in fp64 on the CPU, from the same inputs.
 
-An error is given as a multiple of what rounding explains: 64 roundings of the largest value of its tensor, in the
-dtype that sums are computed in, and for a half-precision value one rounding of its own; where products of matrices
-are rounded to half precision on the way, 8 roundings of the largest value to it. So above 1 a kernel is wrong.
+An error is given as a multiple of what rounding explains, element by element: 64 roundings of the element's size, in
+the dtype that sums are computed in, and for a half-precision value one rounding of its own; where products of matrices
+are rounded to half precision on the way, 8 roundings of the size to it. So above 1 a kernel is wrong. The size of a
+loss or a gradient is its absolute value, and how much it moves where each input x moves by 1 + |x|: where large terms
+cancel, as in p - q, the result has their roundings, and its value alone says nothing of these.
 NaN or inf where the truth has none, the converse, a wrong shape or dtype, and an exception are failures too.
 
 Exits 1 if anything failed. On a GPU the first run compiles the kernels, which takes most of its time.
@@ -18,7 +20,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,6 +37,9 @@ __all__ = ["Row", "available_devices", "check", "checked", "errors"]
 
 ROUNDINGS = 64
 ROUNDINGS_OF_PRODUCTS = 8
+STEP = 2.0**-20
+"""Inputs move by so much of 1 + |x|: less, and fp64's roundings of the truth would count; more, and its curvature."""
+MOVES = 4
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 SHOWN = 5  # failures of a row that the table shows
@@ -60,7 +65,7 @@ def _wide(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu(), inputs)
 
 
-def _truth(op: Op, sample: Sample) -> list[Tensor]:
+def _truth(op: Op, sample: Sample, move: Callable[[Tensor], Tensor] = lambda x: x) -> list[Tensor]:
     """Gives the loss and the gradients by the reference, which serves the public function inside of ``torch.func``."""
     inputs, function = op.partial(Sample(*_wide((sample.args, sample.kwargs))))
 
@@ -68,8 +73,22 @@ def _truth(op: Op, sample: Sample) -> list[Tensor]:
         loss = function(*inputs)
         return (loss * _upstream(loss)).sum(), loss
 
-    gradients, loss = torch.func.grad(total, tuple(range(len(inputs))), has_aux=True)(*inputs)
+    gradients, loss = torch.func.grad(total, tuple(range(len(inputs))), has_aux=True)(*map(move, inputs))
     return [loss, *gradients]
+
+
+def _sizes(op: Op, sample: Sample, truth: list[Tensor]) -> list[Tensor]:
+    """How large the numbers are that each value is made of. Rounding x moves it by a part of |x|, and rounding exp(x)
+    moves x by a part of 1. In one move up and down at random effects may cancel; the largest of several counts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(x: Tensor) -> Tensor:
+        sign = 2.0 * torch.randint(2, x.shape, generator=generator) - 1
+        return torch.where(x.isfinite(), x + STEP * sign * (1 + x.abs()), x)
+
+    moves = [_truth(op, sample, move) for _ in range(MOVES)]
+    each = ((true, [(moved - true).abs() for moved in of]) for true, *of in zip(truth, *moves, strict=True))
+    return [true.abs() + torch.stack(of).amax(0).nan_to_num(0, 0, 0) / STEP for true, of in each]
 
 
 class Recorder(TorchDispatchMode):
@@ -99,12 +118,14 @@ def _with_loss(op: Op, sample: Sample) -> Tensor | None:
 # ---- Their difference ------------------------------------------------------------------------
 
 
-def errors(actual: Tensor, truth: Tensor, products: torch.dtype | None = None) -> Tensor:
+def errors(actual: Tensor, truth: Tensor, size: Tensor | None = None, products: torch.dtype | None = None) -> Tensor:
     """The error of each element, as a multiple of what rounding explains: above 1 is wrong.
 
     Args:
         actual: values in the dtype that they were computed in, any shape.
         truth: float64, the shape of ``actual``.
+        size: float64, that shape: how large the numbers are that each element is computed from. Default: as the truth,
+            as if nothing cancelled.
         products: the dtype of products of matrices that the values are computed from, if there are any.
 
     Raises:
@@ -113,30 +134,26 @@ def errors(actual: Tensor, truth: Tensor, products: torch.dtype | None = None) -
     Example:
         >>> import torch
         >>> from torchfast.selftest import errors
-        >>> truth = torch.tensor([1.0, 4.0, torch.nan], dtype=torch.float64)
-        >>> errors(torch.tensor([1.0, 4.00001, torch.nan]), truth) < 1
+        >>> truth = torch.tensor([1.0, 1e-6, torch.nan], dtype=torch.float64)
+        >>> errors(torch.tensor([1.0, 1.000001e-6, torch.nan]), truth) < 1
         tensor([True, True, True])
-        >>> errors(torch.tensor([1.0, 4.0, 0.0]), truth)
-        tensor([0., 0., inf], dtype=torch.float64)
+        >>> errors(torch.tensor([1.0, 1.1e-6, 0.0]), truth) > 1
+        tensor([False,  True,  True])
     """
-    if not truth.numel():
-        return truth
+    size = truth.abs() if size is None else size
     accumulated = torch.float64 if actual.dtype == torch.float64 else torch.float32
-    # The scale is at least 1/n, one term of a mean: where all values are nearly 0, what they are computed from is not.
-    # A floor of 1, above the whole gradient of a mean over many elements, would let zeros pass for it.
-    largest = max(truth.nan_to_num(0, 0, 0).abs().max().item(), 1 / truth.numel())
-    allowed = torch.full_like(truth, ROUNDINGS * torch.finfo(accumulated).eps * largest)
+    allowed = ROUNDINGS * torch.finfo(accumulated).eps * size
     if products in HALF:
-        allowed += ROUNDINGS_OF_PRODUCTS * torch.finfo(products).eps * largest
+        allowed = allowed + ROUNDINGS_OF_PRODUCTS * torch.finfo(products).eps * size
     if actual.dtype in HALF:
         own = torch.finfo(actual.dtype)
-        allowed += own.eps * (truth.abs() + own.smallest_normal)
+        allowed = allowed + own.eps * (truth.abs() + own.smallest_normal)
     same = (actual == truth) | (actual.isnan() & truth.isnan())
     return torch.where(same, 0.0, (actual - truth).abs() / allowed).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _compare(
-    name: str, actual: Tensor, truth: Tensor, dtype: torch.dtype, products: torch.dtype | None = None
+    name: str, actual: Tensor, truth: Tensor, size: Tensor, dtype: torch.dtype, products: torch.dtype | None = None
 ) -> tuple[float, str | None]:
     """The largest error, and what is wrong."""
     if (actual.shape, actual.dtype) != (truth.shape, dtype):
@@ -144,13 +161,21 @@ def _compare(
         return torch.inf, f"{given}, should be {dtype} of shape {tuple(truth.shape)}"
     if not truth.numel():
         return 0.0, None
-    error = errors(actual, truth, products)
+    error = errors(actual, truth, size, products)
     wrong, largest = int((error > 1).sum()), error.max().item()
     if not wrong:
         return largest, None
     worst = tuple((error == largest).nonzero()[0].tolist())
     values = f"{actual[worst].item():.7g}, should be {truth[worst].item():.7g}"
     return largest, f"{name}{[*worst] or ''} is {values}; {wrong} of {error.numel()} wrong"
+
+
+def _size_of_sums(truth: Tensor, terms: int) -> Tensor:
+    """The truth of a metric is rounded in fp64 itself: in sums of so many terms, whose roundings grow with the root of
+    their number, and in the rest of a mean, which is but one rounding of the largest value."""
+    if not truth.numel():
+        return truth
+    return truth.abs() * math.sqrt(terms) + truth.nan_to_num(0, 0, 0).abs().max() / ROUNDINGS
 
 
 def _metric_comparisons(metric: Metric, sample: Sample) -> Iterator[tuple[float, str | None]]:
@@ -163,8 +188,12 @@ def _metric_comparisons(metric: Metric, sample: Sample) -> Iterator[tuple[float,
             problem = error
     for called, inputs, outputs in recorder.calls:
         names = [output.name for output in called.op._schema.returns]
+        terms = max(x.numel() for x in inputs if isinstance(x, Tensor))
         for name, output, truth in zip(names, outputs, called.reference(*_wide(inputs)), strict=True):
-            yield _compare(f"{called.name}'s {name}", output.cpu().double(), truth.double(), torch.float64)
+            truth = truth.double()
+            yield _compare(
+                f"{called.name}'s {name}", output.cpu().double(), truth, _size_of_sums(truth, terms), torch.float64
+            )
     if problem:
         raise problem
 
@@ -178,12 +207,13 @@ def _comparisons(op: Op | Metric, sample: Sample) -> Iterator[tuple[float, str |
     others = [argument.name for argument in op.forward._schema.arguments[1 : op.differentiable]]
     names = ["loss", "gradient", *(f"gradient of {name}" for name in others)]
     truth, products = _truth(op, sample), dtype if op.around else None
-    for each in zip(names, _active(op, sample), truth, dtypes, strict=False):
+    sizes = _sizes(op, sample, truth)
+    for each in zip(names, _active(op, sample), truth, sizes, dtypes, strict=False):
         yield _compare(*each, products)
     if (gradient := _with_loss(op, sample)) is not None:
         yield _compare("gradient with the loss", gradient, truth[1], dtype)
     if op.inplace:
-        yield _compare("gradient in place", _active(op, sample, inplace=True)[1], truth[1], dtype)
+        yield _compare("gradient in place", _active(op, sample, inplace=True)[1], truth[1], sizes[1], dtype)
 
 
 # ---- One row of the table: all samples of an op ----------------------------------------------

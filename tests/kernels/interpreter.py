@@ -34,26 +34,20 @@ def install() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return launch(self, *map(_passed, args), grid=grid, warmup=warmup, **kwargs)
+    def implicit_cvt(argument: Any) -> Any:
+        """Converts what a launch passes to a kernel, and each item of a tuple: Triton takes a Python float in fp32,
+        where the interpreter would leave it as it is, so that what is lost on a GPU would be there."""
+        if not isinstance(argument, float):
+            return convert(argument)
+        return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
 
     patched: set[str] = set()
-    launch = interpreter.InterpretedFunction.run
+    convert = interpreter._implicit_cvt
     for name in ("create_fp_to_si", "create_fp_to_ui", "create_si_to_fp", "create_ui_to_fp"):
         assert getattr(_Builder, name), "the interpreter has changed: look at cast_impl again"
     _Builder.cast_impl = cast_impl
     interpreter.InterpretedFunction.__call__ = call
-    interpreter.InterpretedFunction.run = run
-
-
-def _passed(argument: Any) -> Any:
-    """Rounds a Python float to fp32, also one in a tuple, as Triton does: the interpreter passes the number itself."""
-    if isinstance(argument, tuple):
-        passed = [_passed(item) for item in argument]
-        return type(argument)(*passed) if hasattr(argument, "_fields") else tuple(passed)
-    if not isinstance(argument, float):
-        return argument
-    return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+    interpreter._implicit_cvt = implicit_cvt
 
 
 @dataclass

@@ -91,20 +91,31 @@ def test_every_tile_and_stage_was_compiled(kernels):
     assert {kernel.constants.get("VEC") for kernel in here} >= {1, 2, 4, 8}
 
 
+FLOATS = {"fp16", "bf16", "fp32", "fp64"}
+
+
+def check_scalars(kernel):
+    """Options arrive in parts that a kernel adds up: no digit of gamma or label_smoothing is lost. Triton would take a
+    float that is an argument by itself in fp32."""
+    parts = ("fp32",) * (3 if kernel.config.dtype == torch.float64 else 1)
+    for name, of in kernel.signature.items():
+        options = of.values() if isinstance(of, dict) else of if isinstance(of, tuple) else (of,)
+        allowed = {parts} if name == "choices" else set()
+        for option in options:
+            is_float = bool(FLOATS & {option, *(option if isinstance(option, tuple) else ())})
+            assert not is_float or option in allowed, f"{name} is {of}: {kernel.name} of {kernel.config}"
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_options_reach_the_kernels_of_float64_losses_in_fp64(target, kernels):
-    """They arrive in parts that a kernel adds up: no digit of gamma or label_smoothing is lost. Triton would take a
-    float that is an argument by itself in fp32."""
-    seen = set()
-    for kernel in kernels:
-        if kernel.config.target != target or kernel.name == "sum_kernel":
-            continue
-        assert not {"fp16", "bf16", "fp32", "fp64"} & {t for t in kernel.signature.values() if isinstance(t, str)}
-        parts = ("fp32",) * (3 if kernel.config.dtype == torch.float64 else 1)
-        options = kernel.signature["choices"]
-        assert {options["keep"], options["gamma"]} == {parts}, f"{kernel.name} of {kernel.config}: {options}"
-        seen.add(kernel.name)
-    assert seen == {"forward_kernel", "backward_kernel"}
+    mine = [kernel for kernel in kernels if kernel.config.target == target]
+    for kernel in mine:
+        check_scalars(kernel)
+    assert {kernel.name for kernel in mine} == {"forward_kernel", "backward_kernel", "sum_kernel"}
+    with_options = [kernel.signature["choices"] for kernel in mine if "choices" in kernel.signature]
+    names = {name for options in with_options for name, of in options.items() if isinstance(of, tuple)}
+    softmax = {"keep", "uniform", "gamma", "z_loss", "softcap", "logit_scale"}
+    assert names == softmax | {"half", "positive", "negative", "gamma_neg", "clip"}
 
 
 # ---- Planted regressions: the audit must see them -------------------------------------------------
@@ -138,6 +149,18 @@ def test_the_audit_sees_too_few_bytes_in_flight(monkeypatch):
     forward, *_ = triton_audit.compiled(Config("sm_90", (4096, 32000), torch.bfloat16, "CE"))
     with pytest.raises(AssertionError, match="in flight"):
         check_in_flight(forward)
+
+
+@pytest.mark.parametrize("of", [("fp32",), "fp32", ("fp32", "fp32", "i32")], ids=str)
+@pytest.mark.parametrize("options", ["everything", "sigmoid everything, class ids"])
+def test_the_audit_sees_an_option_that_lost_its_fp64(options, of):
+    forward, *_ = triton_audit.compiled(Config("sm_90", (8, 96), torch.float64, options))
+    check_scalars(forward)
+    for signature, name in ((forward.signature["choices"], "gamma"), (forward.signature, "classes")):
+        before, signature[name] = signature[name], of
+        with pytest.raises(AssertionError, match=r"forward_kernel of Config"):
+            check_scalars(forward)
+        signature[name] = before
 
 
 # ---- The launcher waits for nothing ----------------------------------------------------------------

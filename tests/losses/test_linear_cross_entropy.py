@@ -12,6 +12,7 @@ is its own affair: both are tested on each.
 
 import copy
 import ctypes
+import functools
 import gc
 import itertools
 import math
@@ -34,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchfast
 from torchfast import LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy
+from torchfast.losses.linear_cross_entropy import chunks
 
 ROUNDINGS = 32
 LUCK = 1.1
@@ -636,6 +638,37 @@ def test_autocast_takes_mixed_dtypes_and_leaves_fp64(device):
 
 
 # ---- Memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("takes_fp32", [True, False])
+def test_half_precision_products_are_added_in_one_step_where_torch_does_that(takes_fp32, monkeypatch):
+    """These stand in for CUDA's functions, which alone have `out_dtype`: addmm of any torch from 2.8 on has it, but the
+    older ones refuse a matrix in fp32."""
+    steps = []
+
+    def addmm(total, x, y, *, out_dtype, out):
+        if total.dtype != y.dtype and not takes_fp32:
+            steps.append("refused")
+            raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+        steps.append(f"addmm {len(x)}")
+        return out.copy_(total + x.to(out_dtype) @ y.to(out_dtype))
+
+    def mm(x, y, *, out_dtype):
+        steps.append(f"mm {len(x)}")
+        return x.to(out_dtype) @ y.to(out_dtype)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(chunks, "_adds_in_place", functools.cache(chunks._adds_in_place.__wrapped__))
+    x, y = torch.randn(9000, 3).bfloat16(), torch.randn(3, 2).bfloat16()
+    total = torch.ones(9000, 2)
+    for _ in range(2):
+        chunks._add_product(total, x, y, widens=True)
+    torch.testing.assert_close(total, 1 + 2 * (x.float() @ y.float()))
+    if takes_fp32:
+        assert steps == ["addmm 0", "addmm 9000", "addmm 9000"]
+    else:
+        assert steps == ["refused", *["mm 8192", "mm 808"] * 2]
 
 
 def resident(field):

@@ -1,4 +1,4 @@
-"""What only the Triton kernels can get wrong: addresses, bytes moved, the stages over split rows.
+"""What only the Triton kernels can get wrong: addresses, bytes moved, the stages over split rows, scalars in fp32.
 
 Run with ``--kernel triton``, that is in Triton's interpreter, where every access can be watched. The contract
 itself is in test_cross_entropy.py and test_ops.py, which run there as well.
@@ -11,7 +11,8 @@ from torchfast import cross_entropy
 from torchfast._common import NONE
 from torchfast.losses.cross_entropy.options import Options
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = triton.language
 interpreter = pytest.importorskip("interpreter")
 triton_launch = pytest.importorskip("torchfast.losses.cross_entropy.triton_launch")
 
@@ -167,3 +168,28 @@ def test_offsets_beyond_2_to_the_31_elements(layout, monkeypatch):
     loss, residuals = triton_launch.cross_entropy(x, *options)
     triton_launch.cross_entropy_backward_(torch.ones_like(loss), x, *options, residuals)  # over the logits
     torch.testing.assert_close(x, gradient)
+
+
+# ---- Scalars ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_scalars(out, x, several, by_name):
+    tl.store(out, tl.full([], x, tl.float64))
+    tl.store(out + 1, tl.full([], several[0], tl.float64))
+    tl.store(out + 2, tl.full([], by_name, tl.float64))
+
+
+def test_scalars_arrive_in_fp32_as_in_a_compiled_kernel():
+    """The audit (test_triton_compile.py) says that compiled kernels take them so; the interpreter must not hide it."""
+    out = torch.zeros(3, dtype=torch.float64)
+    store_scalars[(1,)](out, 0.1, (0.2,), by_name=0.3)
+    assert out.tolist() == torch.tensor([0.1, 0.2, 0.3]).double().tolist()
+
+
+def test_options_that_lost_their_fp64_would_be_seen(monkeypatch):
+    x, t = torch.randn(4, 70, dtype=torch.float64), torch.randint(70, (4,))
+    options = {"gamma": 1.7, "label_smoothing": 0.1, "reduction": "none"}
+    right = cross_entropy(x, t, **options)
+    monkeypatch.setattr("torchfast.losses.triton_launch.parts_of", lambda x, dtype: (x, 0.0, 0.0))
+    assert ((cross_entropy(x, t, **options) / right - 1).abs() > 1e-10).all()

@@ -13,11 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import torchfast
 from torchfast._register import metrics as registry
 from torchfast.metrics import classification, classification_metrics, ranking
+from torchfast.metrics.classification import areas, values
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning"),
@@ -688,3 +690,31 @@ def test_the_class_reads_no_value_on_the_host(task, bins):
     for _ in range(2):
         metric.update(x.to("meta"), y.to("meta"))
     assert all(v.device.type == "meta" for v in metric.compute().values())
+
+
+class FloatCumsums(TorchDispatchMode):
+    """Records those that a GPU would add in any order."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "cumsum" in func.name() and args[0].is_floating_point():
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weighted_areas_add_up_in_one_order_where_cumsum_has_none(monkeypatch):
+    """CUDA's cumsum of floats raises under torch.use_deterministic_algorithms; the CPU stands in for it."""
+    scores, labels, weight = torch.randn(3, 1000), torch.randint(2, (3, 1000)), torch.rand(1000)
+    expected = areas.reference(scores, labels, weight, None)
+    monkeypatch.setattr(areas, "_UNORDERED", ("cpu",))
+    with FloatCumsums() as cumsums:
+        found = areas.reference(scores, labels, weight, None)
+        binned = values._bin_bounds(torch.rand(3, 5), torch.rand(3, 5))
+    assert not cumsums.found and all(x.isfinite().all() for x in binned)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for n in (0, 1, 2, 3, 8, 1000):
+        x = torch.rand(2, n, dtype=torch.float64)
+        torch.testing.assert_close(areas.running_sums(x), x.cumsum(1), rtol=1e-12, atol=0)

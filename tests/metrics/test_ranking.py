@@ -956,6 +956,35 @@ def test_wrong_values_make_only_their_own_query_nan(device):
         assert values[:, 1:3].isnan().all() and not values[:, ::3].isnan().any() and not empty.any()
 
 
+# ---- GPUs are not made to wait -----------------------------------------------------------------------
+
+
+def test_a_gain_table_is_copied_to_another_device_once():
+    """The host waits for a copy from its memory to a GPU's; meta stands in for that."""
+    preds, target = torch.empty(4, 5, device="meta"), torch.empty(4, 5, dtype=torch.long, device="meta")
+    gains = (0.0, 1.0, 2.5)
+    first, second = (resolve("ndcg", gain=gains).table_for(preds) for _ in range(2))
+    assert first is second and first.device.type == "meta"
+    assert ranking_metrics(preds, target, "ndcg", gain=gains)["ndcg"].device.type == "meta"
+    here = torch.tensor(gains, dtype=torch.float64)
+    assert resolve("ndcg", gain=here).table_for(torch.empty(4, 5)).data_ptr() == here.data_ptr()
+
+
+def test_a_gpu_is_not_asked_whether_documents_are_sorted(monkeypatch):
+    asked = []
+
+    def group(indexes, *, skip_sorted):
+        asked.append(skip_sorted)
+        raise NotImplementedError
+
+    monkeypatch.setattr("torchfast.metrics.ranking.inputs.group_by_query", group)
+    for device in ("cpu", "meta"):
+        preds, y = torch.empty(3, device=device), torch.ones(3, dtype=torch.long, device=device)
+        with pytest.raises(NotImplementedError):
+            ranking_metrics(preds, y, "ndcg", indexes=y)
+    assert asked == [True, False]
+
+
 # ---- Autograd, compilation ---------------------------------------------------------------------------
 
 

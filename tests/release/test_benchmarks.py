@@ -176,3 +176,31 @@ def test_a_dry_run_fails_where_a_launch_does():
     done = run("--dry-run", "--only", "large/CE/4096x32000/bf16", code=f"import run; {broken}; run.main()")
     assert done.returncode == 1
     assert "torchfast: failed: TypeError" in done.stdout
+
+
+VERDICTS = """
+import gpu, json, run, sys
+case = next(case for case in run.gpu_cases() if case.label == "large/CE/4096x32000/bf16")
+for eager, graph, peer, peers_graph in json.loads(sys.argv[1]):
+    times = {("copy_", "floor"): 1, ("torchfast", "fwd+bwd"): eager, ("torchfast", "graph"): graph}
+    times |= {("eager", "fwd+bwd"): peer, ("eager", "graph"): peers_graph}
+    rows = [{"contender": who, "what": what, "note": "", "p50_ms": t} for (who, what), t in times.items() if t]
+    print(gpu.verdict(case, gpu.figures(case, rows)))
+"""
+
+
+@needs_triton
+def test_the_verdict_needs_the_time_in_a_graph_and_the_eager_one():
+    """Times are multiples of copy_, of which loss and gradient need 1.5."""
+    cases = {
+        (1.6, 1.6, 5, 5): "[green]met",
+        (3.0, 1.6, 5, 5): "[yellow]met in a graph",
+        (3.0, 3.0, 5, 5): "[yellow]below 0.9",
+        (1.6, 1.6, 5, 1): "[red]slower: eager in a graph",
+        (1.6, 1.6, 1, 5): "[red]slower: eager",
+        (1.6, 1.6, 1, 1): "[red]slower: eager, eager in a graph",
+        (1.6, None, 5, 5): "[red]no graph",
+        (None, 1.6, 5, 5): "[red]not timed",
+    }
+    done = run(json.dumps(list(cases)), code=VERDICTS)
+    assert done.stdout.splitlines() == list(cases.values()), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -56,10 +57,25 @@ def _divisor(a: Arguments) -> Tensor:
     return (each if a.sample_weight is None else each * a.sample_weight.to(a.wide)).sum()
 
 
+@functools.cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if addmm adds a half-precision product to an fp32 matrix. Its signature says so since torch 2.8, but it
+    refused such a matrix until pytorch#167931, so it is asked: with a product of nothing, for which nothing runs."""
+    total, x = (torch.empty(0, 0, dtype=of, device=device) for of in (torch.float32, dtype))
+    try:
+        torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _add_product(total: Tensor, x: Tensor, y: Tensor, widens: bool) -> None:
     """total += x y. Half-precision products are added up, and arrive, in the dtype of the total."""
     if x.dtype == total.dtype:
         total.addmm_(x, y)
+        return
+    if widens and _adds_in_place(total.device, x.dtype):  # reads and writes the total once; below it moves four times
+        torch.addmm(total, x, y, out_dtype=total.dtype, out=total)
         return
     if not widens:
         y = y.to(total.dtype)

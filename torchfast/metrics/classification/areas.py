@@ -14,11 +14,25 @@ from torch import Tensor
 
 from torchfast.metrics._common import value_dtype
 
+#: These devices' cumsum of floats adds in any order, and raises under ``torch.use_deterministic_algorithms``.
+_UNORDERED = ("cuda",)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """The sums along the last dimension, up to each element, in the same order in every run."""
+    if not (x.is_floating_point() and x.device.type in _UNORDERED):
+        return x.cumsum(-1)
+    step = 1
+    while step < x.shape[-1]:  # by doubling: each element then has the sum of the 2 * step up to it
+        x = torch.cat([x[..., :step], x[..., step:] + x[..., :-step]], -1)
+        step *= 2
+    return x
+
 
 def areas_of(negatives: Tensor, positives: Tensor, ends: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The areas [2, curves] and the totals of positives and negatives [2, curves], from counts or weights by
     descending score, ``[curves, n]``. ``ends`` are the last elements of ties; None where there are none."""
-    t, f = positives.cumsum(1), negatives.cumsum(1)
+    t, f = running_sums(positives), running_sums(negatives)
     dtype = value_dtype(t.device)
     if t.shape[1] == 0:
         nothing = torch.zeros(2, len(t), dtype=dtype, device=t.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchfast.metrics._common import value_dtype
-from torchfast.metrics.classification.areas import membership
+from torchfast.metrics.classification.areas import membership, running_sums
 from torchfast.metrics.classification.counts import sum_by
 from torchfast.metrics.classification.inputs import Curves
 from torchfast.metrics.classification.options import FSCORES, Name, Options
@@ -168,7 +168,7 @@ def _bin_bounds(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     dtype = value_dtype(negatives.device)
     n, p = negatives.to(dtype), positives.to(dtype)
     total, others = p.sum(1), n.sum(1)
-    t, f = p.cumsum(1) - p, n.cumsum(1) - n
+    t, f = running_sums(p) - p, running_sums(n) - n
     roc = (p * n).sum(1) / 2 / total / others
     here = (t + p) / (t + f + p + n)
     first = 0 if positives.is_floating_point() else 1

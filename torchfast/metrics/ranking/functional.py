@@ -45,8 +45,7 @@ class PerQuery(NamedTuple):
 def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) -> PerQuery:
     """Computes all values; ``arguments`` are those of ``ranking_metrics`` that describe the input."""
     inputs = check_inputs(options, preds, target, **arguments)
-    table = None if options.table is None else options.table.to(preds.device)
-    values, empty = _op(*inputs, table, *options.numbers)
+    values, empty = _op(*inputs, options.table_for(preds), *options.numbers)
     strict = "error" in (options.nan, options.empty) and not (
         torch.compiler.is_compiling() or type(values) is not Tensor or values.is_meta
     )
@@ -146,6 +145,10 @@ def ranking_metrics(
     Returns:
         The value of each metric by its name, in float64: a scalar, or shape ``(queries,)`` with ``"none"``. The mean
         over nothing is NaN. Metrics have no gradient: whatever the scores require, the values do not require one.
+
+        On GPUs the host waits for nothing, and a CUDA graph can capture the call, unless the shapes do not say how
+        many queries or documents there are (``indexes``, nested tensors with holes), or ``"error"`` is asked for. The
+        first call with a ``gain`` that is not on the GPU copies it there; capture a later one.
 
     Raises:
         ValueError, TypeError: an argument has a wrong value, shape, device or dtype. On GPUs, which are not made to
@@ -351,6 +354,7 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
         ((4, 20_000), 1000, 0.001),
         ((4, 20_000), 1000, 0.5),
         ((2, 300_000), 2000, 0.0001),
+        ((2, 300_000), 2000, 0.5),
     ):
         x, y = scores(*shape, values=values), grades(*shape, relevant=relevant)
         for ties in ("average", "stable"):

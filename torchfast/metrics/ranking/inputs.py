@@ -133,7 +133,8 @@ def check_inputs(
     if indexes is not None:
         indexes = _check_integer("indexes", indexes, preds.shape, preds).reshape(-1)
         preds, target = preds.reshape(-1), target.reshape(-1)
-        skip_sorted = not torch.compiler.is_compiling()  # a graph cannot depend on values
+        # A graph cannot depend on values, and a GPU moves the documents while the host would wait for the answer.
+        skip_sorted = preds.device.type == "cpu" and not torch.compiler.is_compiling()
         order, offsets, _ = group_by_query(indexes, skip_sorted=skip_sorted)
         mask = None if mask is None else mask.reshape(-1)
         if not skip_sorted or order.numel():

@@ -94,6 +94,17 @@ class Options:
         exempt = PRECISION if self.precision_is_defined else None
         return tuple(None if kind == exempt else int(kind in (NDCG, DCG)) for kind in self.kinds)
 
+    def table_for(self, preds: Tensor) -> Tensor | None:
+        """The gain table on the device of preds. The host waits for a copy to a GPU, so there is one in all, not one a
+        call; of fake tensors, and while compiling, none may be kept."""
+        table = self.table
+        if table is None or table.device == preds.device:
+            return table
+        real = type(table) is Tensor and type(preds) is Tensor and not torch.compiler.is_compiling()
+        if real and table.device.type == "cpu":
+            return _copy_of_table(tuple(table.tolist()), preds.device)
+        return table.to(preds.device)
+
     @property
     def digest(self) -> str:
         table = None if self.table is None else self.table.tolist()
@@ -105,6 +116,11 @@ class Options:
         nan = NANS.index("last" if self.nan == "last" else "propagate")
         denominators = self.map_denominator, self.precision_denominator
         return (self.kinds, self.ks, self.ties, self.gain, *denominators, nan, self.threshold)
+
+
+@functools.lru_cache(maxsize=64)
+def _copy_of_table(gains: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(gains, dtype=torch.float64).to(device)
 
 
 def _gain_table(gain: Any) -> Tensor:
