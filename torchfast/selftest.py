@@ -211,7 +211,7 @@ def _comparisons(op: Op | Metric, sample: Sample) -> Iterator[tuple[float, str |
     for each in zip(names, _active(op, sample), truth, sizes, dtypes, strict=False):
         yield _compare(*each, products)
     if (gradient := _with_loss(op, sample)) is not None:
-        yield _compare("gradient with the loss", gradient, truth[1], dtype)
+        yield _compare("gradient with the loss", gradient, truth[1], sizes[1], dtype)
     if op.inplace:
         yield _compare("gradient in place", _active(op, sample, inplace=True)[1], truth[1], sizes[1], dtype)
 
