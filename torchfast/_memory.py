@@ -18,11 +18,12 @@ def _library() -> ctypes.CDLL | None:
 def empty_cache() -> None:
     """Gives the memory that is kept for the next outputs back to the system.
 
-    Gradients and other outputs of 4 MB and more on the CPU use memory again which earlier ones have returned, since
-    fresh memory costs more time than the loss. There is never more of it than was in use at once, at most an eighth of
-    the machine's memory is kept, and the system may take it whenever it needs memory. ``TORCHFAST_CACHE=0`` in the
-    environment turns it off, as torch 2.10 does, which lacks the means. Such outputs cannot be enlarged in place
-    (:meth:`torch.Tensor.resize_`).
+    Gradients of the softmax and sigmoid losses (and sigmoid losses of each element) of 4 MB and more on the CPU, of
+    logits without gaps, use memory again which earlier ones have returned, since fresh memory costs more time than the
+    loss. There is never more of it than was in use at once, and at most an eighth of the machine's memory is kept. The
+    system may take its pages whenever it needs some; its addresses count against a limit of these (``ulimit -v``)
+    until this function returns them. ``TORCHFAST_CACHE=0`` in the environment turns it off, as torch 2.10 does, which
+    lacks the means. The storage of such a tensor cannot be resized, also not to 0.
 
     Example:
         >>> import torchfast
@@ -39,7 +40,8 @@ def memory_stats() -> dict[str, int]:
 
     Returns:
         ``in_use_bytes``; ``kept_bytes``; ``most_in_use_bytes`` since the last :func:`empty_cache`; and how often memory
-        was ``mapped`` and ``reused``. All are 0 without the compiled kernels, and where the system is not Linux.
+        was ``mapped`` and ``reused``. All are 0 where memory is not used again: without the compiled kernels, on
+        another system than Linux, with torch 2.10 or ``TORCHFAST_CACHE=0``.
 
     Example:
         >>> import torchfast

@@ -96,6 +96,7 @@ class Op:
         return [given[name] for name in names], call
 
 
+_TRACERS = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")  # to have it parsed at each call takes 4 of 40 microseconds
 
 #: Every registered op by name.
@@ -192,11 +193,17 @@ def register(
             and torch._C._dispatch_has_kernel_for_dispatch_key(with_gradient.name(), "CPU")
         )
 
+    def traced() -> bool:
+        """True where what happens is recorded, in which no guess must have a part."""
+        return any(torch._C._get_dispatch_mode(mode) for mode in _TRACERS) or torch.compiler.is_compiling()
+
     def guessed(inputs: tuple[Any, ...]) -> float | None:
         """The upstream gradient to compute the gradient for in the forward; None to leave it to the backward."""
         if not at_once() or not inputs[0].is_cpu or inputs[reduction] == NONE or (inplace and inputs[-1]):
             return None
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # who offloads wants its memory
+            return None
+        if traced():
             return None
         return guess.of(inputs[tensors:])
 
@@ -234,6 +241,8 @@ def register(
                     f"{name}: inplace_backward=True overwrites the logits, which a second derivative "
                     "(create_graph=True) needs again; pass inplace_backward=False"
                 )
+            if ctx.at_once:
+                guess.learn(ctx.options, None)
             found = iter(again(inputs, grad, needs))
             return (*(next(found) if need else None for need in needs), *not_differentiable)
         if inplace and inputs[-1]:
@@ -242,11 +251,11 @@ def register(
             torch.autograd.graph.increment_version(inputs[0])
             return (inputs[0].detach(), *not_differentiable)
         if not several:
-            if at_once() and grad.is_cpu and not grad.dim() and not kept(ctx, grad):
-                upstream = grad.item()
+            if at_once() and grad.is_cpu and not grad.dim() and not traced():
+                upstream = None if kept(ctx, grad) else grad.item()
                 guess.learn(ctx.options, upstream)
                 (expected, gradient), ctx.at_once = ctx.at_once or (None, None), None
-                if expected == upstream:
+                if gradient is not None and expected == upstream:
                     return (gradient, *not_differentiable)
                 del gradient  # its memory serves again
             with torch._C._AutoDispatchBelowAutograd():

@@ -16,15 +16,18 @@ class Guess:
     """What calls of an op with the same options saw last."""
 
     def __init__(self) -> None:
-        self._last: dict[Hashable, float] = {}
-        self._steady: dict[Hashable, bool] = {}
+        self._seen: dict[Hashable, tuple[float | None, bool]] = {}
+        """The last upstream gradient, and whether the one before was the same."""
 
     def of(self, call: Hashable) -> float | None:
-        """The upstream gradient that this call will probably see; None if it changes from one to the next."""
-        return self._last.get(call, 1.0) if self._steady.get(call, True) else None
+        """The upstream gradient that this call will probably see; None if it changes from one to the next, or if a
+        gradient of the forward would be of no use."""
+        last, steady = self._seen.get(call, (1.0, True))
+        return last if steady else None
 
-    def learn(self, call: Hashable, upstream: float) -> None:
-        if len(self._last) >= _MOST:
-            self.__init__()  # type: ignore[misc]
-        self._steady[call] = upstream == self._last.get(call, 1.0)
-        self._last[call] = upstream
+    def learn(self, call: Hashable, upstream: float | None) -> None:
+        """``upstream`` is None where the backward could not use a gradient of the forward."""
+        last, _ = self._seen.get(call, (1.0, True))
+        if call not in self._seen and len(self._seen) >= _MOST:
+            self._seen.clear()
+        self._seen[call] = upstream, upstream == last

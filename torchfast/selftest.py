@@ -107,10 +107,12 @@ class Recorder(TorchDispatchMode):
 
 def _with_loss(op: Op, sample: Sample) -> Tensor | None:
     """Gives the gradient that is computed with the loss; None where it is not, or where the loss is divided later."""
+    if op.with_gradient is None:
+        return None
     with Recorder() as recorder, torch.no_grad():
         divided = op.function(*sample.args, **sample.kwargs)
     _, inputs, (loss, *_) = recorder.calls[-1]
-    if op.with_gradient is None or loss.dim() or divided.data_ptr() != loss.data_ptr():
+    if loss.dim() or divided.data_ptr() != loss.data_ptr():
         return None
     return op.with_gradient(*inputs, _upstream(loss).item())[-1].cpu()
 

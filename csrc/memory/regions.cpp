@@ -47,7 +47,9 @@ class Regions {
     if (!enabled_) return nullptr;
     bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     std::lock_guard lock(mutex_);
-    Region region = find(bytes);
+    // Where new memory would take the place of a larger region, that one serves.
+    Region region = find(bytes, bytes + bytes / 4);
+    if (!region.data && in_use_ + in_keep_ + bytes > most_in_use_) region = find(bytes, INT64_MAX);
     if (region.data)
       ++reused_;
     else
@@ -90,12 +92,11 @@ class Regions {
     most_bytes_ = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 8;
   }
 
-  // Takes the smallest of the kept regions that is large enough and not much too large.
-  Region find(int64_t bytes) {
+  // Takes the smallest of the kept regions of so many bytes.
+  Region find(int64_t least, int64_t most) {
     auto best = kept_.end();
     for (auto it = kept_.begin(); it != kept_.end(); ++it)
-      if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4 &&
-          (best == kept_.end() || it->bytes < best->bytes))
+      if (it->bytes >= least && it->bytes <= most && (best == kept_.end() || it->bytes < best->bytes))
         best = it;
     if (best == kept_.end()) return {nullptr, 0};
     Region region = *best;
@@ -120,7 +121,7 @@ class Regions {
     char* begin = static_cast<char*>(at);
     int64_t before = (kHugePage - reinterpret_cast<uintptr_t>(at) % kHugePage) % kHugePage;
     if (before) munmap(begin, before);
-    if (before != kHugePage) munmap(begin + before + bytes, kHugePage - before);
+    munmap(begin + before + bytes, kHugePage - before);
     madvise(begin + before, bytes, MADV_HUGEPAGE);
     ++mapped_;
     return begin + before;

@@ -169,21 +169,18 @@ class Tiles {
   }
 
   Tile<R> read(int64_t i, int64_t n, Scratch<R>& s) {
-    auto read = [&](const auto& operand, auto* buffer) {
-      return operand ? operand->read(i, n, buffer) : nullptr;
-    };
-    const uint8_t* mask = read(mask_, s.mask);
-    for (int64_t j = 0; mask && j < n; ++j) s.counts[j] = mask[j];
-    bool all_count = !mask && !ids_;
-    const R* y = s.y;
-    switch (form_) {
-      case Form::values: y = read(y_, s.y); break;
-      case Form::integers: all_count = decode(mask, i, n, s); break;
-      case Form::class_ids: all_count = classes_ ? one_hot(mask, i, n, s) : one_hot_rows(mask, i, n, s);
-    }
-    return {z_.read(i, n, s.z),          y,
-            read(weight_, s.weight),     read(pos_weight_, s.pos_weight),
-            read(upstream_, s.upstream), all_count ? nullptr : s.counts};
+    bool all_count = read_counts(i, n, s);
+    return {z_.read(i, n, s.z),
+            form_ == Form::values ? read(y_, i, n, s.y) : s.y,
+            read(weight_, i, n, s.weight),
+            read(pos_weight_, i, n, s.pos_weight),
+            read(upstream_, i, n, s.upstream),
+            all_count ? nullptr : s.counts};
+  }
+  // Counts the elements of a tile that are neither masked nor ignored; of its tensors only those are read
+  // that say so.
+  int64_t count(int64_t i, int64_t n, Scratch<R>& s) {
+    return read_counts(i, n, s) ? n : n - std::count(s.counts, s.counts + n, R(0));
   }
   bool is_hard() const { return hard_; }
   bool some_may_not_count() const { return mask_ || ids_; }
@@ -193,7 +190,21 @@ class Tiles {
  private:
   enum class Form { values, integers, class_ids };  // values: floats or bool
 
-  // ---- Integer targets become s.y. Returns true if all of the tile count; else s.counts says which do
+  template <class Operand, class To>
+  static const To* read(const std::optional<Operand>& operand, int64_t i, int64_t n, To* buffer) {
+    return operand ? operand->read(i, n, buffer) : nullptr;
+  }
+
+  // Integer targets become s.y. Returns true if all elements of the tile count; else s.counts says which do.
+  bool read_counts(int64_t i, int64_t n, Scratch<R>& s) {
+    const uint8_t* mask = read(mask_, i, n, s.mask);
+    for (int64_t j = 0; mask && j < n; ++j) s.counts[j] = mask[j];
+    if (form_ == Form::integers) return decode(mask, i, n, s);
+    if (form_ == Form::class_ids) return classes_ ? one_hot(mask, i, n, s) : one_hot_rows(mask, i, n, s);
+    return !mask;
+  }
+
+  // ---- Integer targets: each returns true if all of the tile count
 
   bool skipped(int64_t id) const { return id == call_.options.ignore_index || id < lowest_ || id > highest_; }
 
@@ -342,10 +353,10 @@ Total losses_and_gradients(const Call& call, double upstream, const View& gradie
   bool mean = call.options.reduction == Reduction::mean, first = mean && tiles.some_may_not_count();
   if (first)
     tiles.for_each([&](int64_t i, int64_t n, int64_t block, Scratch<R>& s) {
-      parts[block].counted += counted(tiles.read(i, n, s), n);
+      parts[block].counted += tiles.count(i, n, s);
     });
   R divisor = !mean ? R(1) : R(first ? total(parts).counted : tiles.numel);
-  double factor = divisor == 0 ? 0 : 1 / double(divisor) * upstream;
+  double factor = divisor == 0 ? 0 : 1 / double(divisor) * R(upstream);
   if (memory_order(gradient) != memory_order(call.logits)) {  // their sum would be of another order
     gradients<T, R>(call, factor, {}, gradient);
     return losses<R>(call, {});

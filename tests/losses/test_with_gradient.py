@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from contract import DTYPES, HALF, same
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +147,38 @@ def test_a_retained_graph_gives_gradients_of_their_own(name, device):
     same(first, second)
     same(first, last)
     assert len({gradient.data_ptr() for gradient in (first, second, last)}) == 3
+
+
+@needs_native
+@by_loss
+@pytest.mark.once
+def test_graphs_that_are_kept_cost_no_second_gradient(name):
+    x, t = example("cpu")
+    two = [name, f"{name}_backward"]
+    loss = fresh(name)
+    steps = [calls_of(lambda: loss(x, t).backward(retain_graph=True)).names() for _ in range(3)]
+    assert steps[1:] == [two] * 2
+    loss = fresh(name)
+    for _ in range(2):
+        calls = calls_of(lambda: torch.autograd.grad(loss(x, t), x, create_graph=True))
+    assert calls.names() == [name]
+
+
+@by_loss
+@pytest.mark.once
+def test_what_is_traced_does_not_depend_on_what_was_guessed(name):
+    x, t = example("cpu")
+    loss = fresh(name)
+
+    def gradient(x, t):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(2 * loss(x, t), x)[0]
+
+    for mode in "real", "fake":
+        traced = make_fx(gradient, tracing_mode=mode)(x, t)
+        called = [node.target._opname for node in traced.graph.nodes if "torchfast" in str(node.target)]
+        assert called == [name, f"{name}_backward"]
+        same(traced(x, t), gradient(x, t))
 
 
 @by_loss
