@@ -35,7 +35,7 @@ demo: .venv/cpu-built
 	$(BIN)/python examples/train_digits.py
 	$(BIN)/python examples/retrieve_digits.py
 
-LOSSES := $(addprefix tests/losses/test_,ops.py cross_entropy.py sigmoid_focal_loss.py linear_cross_entropy.py)
+LOSSES := $(addprefix tests/losses/test_,ops.py with_gradient.py cross_entropy.py sigmoid_focal_loss.py linear_cross_entropy.py)
 METRICS := $(addprefix tests/metrics/test_,metric_ops.py ranking.py classification.py regression.py)
 TRITON := tests/losses/test_triton_cross_entropy.py tests/losses/test_triton_sigmoid_focal_loss.py
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist worksteal $(FULL)
@@ -90,7 +90,7 @@ dist: setup
 	$(BIN)/twine check --strict dist/*
 
 # What reads and writes memory, at odd sizes and strides; not what is about Python alone.
-SANITIZED := (test_ops or test_metric_ops or strides or layout or sizes or any_size or any_spread or cut_off_is_0) \
+SANITIZED := (test_ops or test_metric_ops or two_ops or strides or layout or sizes or any_size or any_spread or cut_off_is_0) \
 	and not opcheck and not compile and not samples_reach and not memory
 SANITIZE := $(BIN)/python tests/kernels/sanitizers.py address,undefined -m pytest -q -n auto --kernel native --capture=sys
 
