@@ -211,7 +211,7 @@ def register(
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensors], *residuals)
         ctx.options = inputs[tensors:]
-        ctx.at_once = None
+        ctx.computed = None
         # A hook of checkpointing or offloading may keep what it hands out.
         ctx.hooked = several and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
@@ -241,7 +241,7 @@ def register(
                     f"{name}: inplace_backward=True overwrites the logits, which a second derivative "
                     "(create_graph=True) needs again; pass inplace_backward=False"
                 )
-            if ctx.at_once:
+            if ctx.computed:
                 guess.learn(ctx.options, None)
             found = iter(again(inputs, grad, needs))
             return (*(next(found) if need else None for need in needs), *not_differentiable)
@@ -254,10 +254,10 @@ def register(
             if at_once() and grad.is_cpu and not grad.dim() and not traced():
                 upstream = None if kept(ctx, grad) else grad.item()
                 guess.learn(ctx.options, upstream)
-                (expected, gradient), ctx.at_once = ctx.at_once or (None, None), None
-                if gradient is not None and expected == upstream:
-                    return (gradient, *not_differentiable)
-                del gradient  # its memory serves again
+                computed, ctx.computed = ctx.computed, None
+                if computed and computed[0] == upstream:
+                    return (computed[1], *not_differentiable)
+                del computed  # its memory serves again
             with torch._C._AutoDispatchBelowAutograd():
                 return (backward_op(grad, *inputs, *residuals), *not_differentiable)
         if not grad.dim() and all(have or not need for have, need in zip(inputs[-1], needs, strict=True)):
@@ -291,7 +291,7 @@ def register(
                     loss, *residuals, gradient = with_gradient(*inputs, upstream)
             save(ctx, inputs, residuals)
             if upstream is not None:
-                ctx.at_once = upstream, gradient
+                ctx.computed = upstream, gradient
             return loss
 
     Fused.backward = staticmethod(backward)  # type: ignore[assignment]

@@ -106,8 +106,9 @@ class Recorder(TorchDispatchMode):
 
 
 def _with_loss(op: Op, sample: Sample) -> Tensor | None:
-    """Gives the gradient that is computed with the loss; None where it is not, or where the loss is divided later."""
-    if op.with_gradient is None:
+    """Gives the gradient that is computed with the loss, as on the CPU; None where it is not, or where the loss is
+    divided later."""
+    if op.with_gradient is None or not sample.args[0].is_cpu:
         return None
     with Recorder() as recorder, torch.no_grad():
         divided = op.function(*sample.args, **sample.kwargs)

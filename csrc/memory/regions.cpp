@@ -23,7 +23,7 @@ namespace {
 #if defined(__linux__)
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
-constexpr size_t kMostKept = 16;
+constexpr size_t kMostKept = 16;  // they are searched one by one
 
 struct Region {
   void* data;
@@ -34,12 +34,7 @@ class Regions {
  public:
   // It is never destroyed, since a tensor may outlive whatever is destroyed at exit.
   static Regions& all() {
-    static Regions* regions = [] {
-      static auto* made = new Regions;
-      pthread_atfork([] { made->mutex_.lock(); }, [] { made->mutex_.unlock(); },
-                     [] { made->mutex_.unlock(); });
-      return made;
-    }();
+    static auto* regions = new Regions;
     return *regions;
   }
 
@@ -47,9 +42,7 @@ class Regions {
     if (!enabled_) return nullptr;
     bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     std::lock_guard lock(mutex_);
-    // Where new memory would take the place of a larger region, that one serves.
-    Region region = find(bytes, bytes + bytes / 4);
-    if (!region.data && in_use_ + in_keep_ + bytes > most_in_use_) region = find(bytes, INT64_MAX);
+    Region region = find(bytes, 2 * bytes);  // batches of varied sizes share one
     if (region.data)
       ++reused_;
     else
@@ -90,6 +83,8 @@ class Regions {
     const char* wish = std::getenv("TORCHFAST_CACHE");
     enabled_ = !wish || std::strcmp(wish, "0") != 0;
     most_bytes_ = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 8;
+    // A child must not find the lock held by a thread that it does not have.
+    pthread_atfork([] { all().mutex_.lock(); }, [] { all().mutex_.unlock(); }, [] { all().mutex_.unlock(); });
   }
 
   // Takes the smallest of the kept regions of so many bytes.

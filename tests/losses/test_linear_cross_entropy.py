@@ -677,10 +677,10 @@ def resident(field):
 
 def peak_of(function, x, w, target, **options):
     """Extra resident bytes at the worst moment of a forward and backward, as the kernel (of Linux) counts them."""
-    torchfast.empty_cache()  # memory that is used again would not be seen
     for leaf in (x, w):
         leaf.grad = None
     gc.collect()
+    torchfast.empty_cache()  # memory that is used again would not be seen
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")

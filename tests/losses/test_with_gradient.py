@@ -94,34 +94,24 @@ def step(loss, x, factor=1.0):
     return x.grad
 
 
-@needs_native
-@by_loss
-@pytest.mark.once
-def test_a_backward_finds_the_gradient_done(name):
-    x, t = example("cpu")
-    loss = fresh(name)
-    assert calls_of(lambda: loss(x, t).backward()).names() == [f"{name}_with_gradient"]
+BOTH, FORWARD, BACKWARD = "_with_gradient", "", "_backward"
+STEPS = {
+    "of the loss itself": ([1.0] * 2, [[BOTH]] * 2),
+    "constant": ([0.25] * 4, [[BOTH, BACKWARD], [FORWARD, BACKWARD], [BOTH], [BOTH]]),
+    "changing": ([0.5, 0.25, 3.0, 7.0], [[BOTH, BACKWARD], *[[FORWARD, BACKWARD]] * 3]),
+}
 
 
 @needs_native
 @by_loss
+@pytest.mark.parametrize("factors, expected", STEPS.values(), ids=STEPS)
 @pytest.mark.once
-def test_a_constant_factor_is_known_from_the_second_time_on(name):
+def test_a_constant_upstream_gradient_costs_one_walk_and_a_changing_one_no_more_than_two(name, factors, expected):
     x, t = example("cpu")
     loss = fresh(name)
-    both, two = [f"{name}_with_gradient"], [name, f"{name}_backward"]
-    steps = [calls_of(lambda: step(loss(x, t), x, 0.25)).names() for _ in range(4)]
-    assert steps == [both + two[1:], two, both, both]
-
-
-@needs_native
-@by_loss
-@pytest.mark.once
-def test_factors_that_change_cost_no_second_gradient(name):
-    x, t = example("cpu")
-    loss = fresh(name)
-    steps = [calls_of(lambda: step(loss(x, t), x, factor)).names() for factor in (0.5, 0.25, 3.0, 7.0)]  # noqa: B023
-    assert steps[1:] == [[name, f"{name}_backward"]] * 3
+    for factor, suffixes in zip(factors, expected, strict=True):
+        called = calls_of(lambda: step(loss(x, t), x, factor)).names()  # noqa: B023
+        assert called == [name + suffix for suffix in suffixes]
 
 
 @by_loss
