@@ -40,7 +40,7 @@ CONTRACT = (
     *("losses/test_ops", "losses/test_cross_entropy", "losses/test_sigmoid_focal_loss"),
     *("losses/test_linear_cross_entropy", "metrics/test_classification", "metrics/test_regression"),
     *("metrics/test_classification_module", "test_selftest", "test_dtypes", "test_no_data"),
-    "test_streams",
+    *("losses/test_with_gradient", "test_streams"),
 )
 NEEDED = {  # tests need these beyond pytest and hypothesis
     "sklearn": ("metrics/test_classification", "metrics/test_regression"),

@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(sanitizers.ROOT / name, source)
     kernel = source / "csrc" / "regression" / "op.cpp"
     for other in (source / "csrc").rglob("*.cpp"):
-        if other.name != "module.cpp" and other.parent.name not in ("regression", "torch"):
+        if other.name != "module.cpp" and other.parent.name not in ("memory", "regression", "torch"):
             other.unlink()
     text = HEADERS + kernel.read_text()
     for where, planted in ((BEFORE, PLANTED), (IN_THREADS, PLANTED_IN_THREADS)):
