@@ -83,8 +83,8 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield ""
     yield (
         "Medians with the system's allocator; (x): how many times longer than torchfast; the floor copies the logits "
-        f"into memory that is there, or reads the inputs. {origin(rows[0])}. With memory that malloc keeps, in "
-        "the same results: `--kept-memory`."
+        f"into memory that is there, or reads the inputs. {origin(rows[0])}. With memory that malloc keeps: "
+        "`--kept-memory`."
     )
 
 
