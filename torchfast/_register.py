@@ -169,9 +169,9 @@ def register(
     if not several:
         schema = f"({inputs}, float upstream) -> (Tensor loss, {residuals}, Tensor gradient)"
 
-        def reference_with_gradient(*args: Any) -> tuple[Tensor, ...]:
+        def composed_with_gradient(*args: Any) -> tuple[Tensor, ...]:
             *inputs, upstream = args
-            with torch._C._AutoDispatchBelowAutograd():  # the two ops, and so the bits of whatever serves them
+            with torch._C._AutoDispatchBelowAutograd():  # The two ops give the bits of whatever serves them.
                 loss, *kept = forward_op(*inputs)
                 gradient = backward_op(torch.full_like(loss, upstream), *inputs, *kept)
             return loss, *kept, gradient
@@ -179,7 +179,7 @@ def register(
         def fake_with_gradient(*args: Any) -> tuple[Tensor, ...]:
             return *fake(*args[:-1]), torch.empty_like(args[0])
 
-        with_gradient = _define(f"{name}_with_gradient", schema, reference_with_gradient, fake_with_gradient)
+        with_gradient = _define(f"{name}_with_gradient", schema, composed_with_gradient, fake_with_gradient)
     else:
         with_gradient = None
     reduction = {argument.name: i for i, argument in enumerate(arguments)}.get("reduction", -1)
