@@ -206,8 +206,12 @@ def plan(folder: Path) -> tuple[list[Step], list[Step]]:
         steps += [compiled(source, nvcc, *cuda_flags, *targets) for source in sources("*.cu")]
         libraries += [f"-L{cuda_library_dir(nvcc)}", "-lcudart_static", "-lrt", "-ldl"]
     # The stable ABI of torch 2.10: one build for all since. pybind11's headers, which come with torch, refuse it.
-    stable = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc", f"-isystem{torch / 'include'}")
-    steps += [compiled(source, *compiler, *flags, *stable) for source in sources("*.cpp") if source != module]
+    stable = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{torch / 'include'}")
+    for source in sources("*.cpp"):
+        if source != module:  # Kernels know no torch.
+            steps.append(
+                compiled(source, *compiler, *flags, "-Icsrc", *(() if source.name == "kernels.cpp" else stable))
+            )
     python = ("-Icsrc", f"-isystem{sysconfig.get_path('include')}", f"-isystem{torch / 'include'}")
     extension = [compiled(module, *compiler, *flags, *python)]
     return [*steps, linked("_kernels.so", steps, *libraries)], [*extension, linked("_C.so", extension)]

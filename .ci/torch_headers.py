@@ -1,5 +1,7 @@
 """Compiles csrc against the headers of other torches: `python .ci/torch_headers.py 2.10.0 2.14.1`.
 
+The files called kernels.cpp are left out: they know no torch, and setup.py compiles them without its headers.
+
 Of each release only `torch/include` is fetched: 14 MB out of a wheel of some hundred, by HTTP ranges, or from the file
 where the index is a folder. Nothing is linked, and the compiler only checks: half a minute a release. Exits 1 if a file
 does not compile, or if a release cannot be had.
@@ -97,8 +99,9 @@ def compile_all(include: Path) -> list[str]:
         command = [*compiler, *FLAGS, *flags, f"-isystem{include}", source]
         return subprocess.run(command, capture_output=True, text=True).stderr
 
+    sources = sorted(source for source in CSRC.rglob("*.cpp") if source.name != "kernels.cpp")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [said for said in pool.map(check, sorted(CSRC.rglob("*.cpp"))) if said]
+        return [said for said in pool.map(check, sources) if said]
 
 
 def main(torches: list[str]) -> int:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -184,6 +185,19 @@ def test_batches_of_any_size_use_one_memory():
         for x, t in example_of:
             gradient_of(x, t)
     assert torchfast.memory_stats()["mapped"] == before + 1
+
+
+def test_what_a_metric_sorts_in_is_used_again_and_never_by_two_at_once():
+    score, label = torch.rand(1 << 20), torch.rand(1 << 20) < 0.3
+    torchfast.empty_cache()
+    expected = torchfast.metrics.classification_metrics(score, label, "roc_auc")
+    before = torchfast.memory_stats()
+    assert before["kept_bytes"] > 0 and before["in_use_bytes"] == 0
+    with ThreadPoolExecutor(2) as pool:
+        each = list(pool.map(lambda _: torchfast.metrics.classification_metrics(score, label, "roc_auc"), range(8)))
+    assert each == [expected] * 8
+    stats = torchfast.memory_stats()
+    assert stats["reused"] > before["reused"] and stats["in_use_bytes"] == 0
 
 
 def test_a_forked_process_has_its_own():

@@ -1,7 +1,9 @@
-"""The options of an op as one object: a frozen dataclass, whose fields are the op's arguments after its tensors.
+"""The options of an op as one object: a dataclass, whose fields are the op's arguments after its tensors.
 
 The dispatcher knows numbers and no objects. So the object gives the text of the schema, becomes the arguments
 (``flat``), and is made of them again (``as_object``) for whoever serves the op: a reference, a fake, a launcher.
+Nobody changes one. It is not frozen all the same, because that makes it three times slower to make, and a loss of a
+few rows would feel it.
 """
 
 from __future__ import annotations  # it keeps a field's type as the text that a schema wants
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """What the dataclasses of options have in common. Their fields are of type int, float or bool."""
 

@@ -96,7 +96,7 @@ class Op:
         return [given[name] for name in names], call
 
 
-_TRACERS = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")  # to have it parsed at each call takes 4 of 40 microseconds
 
 #: Every registered op by name.
@@ -196,7 +196,8 @@ def register(
 
     def traced() -> bool:
         """True where what happens is recorded, in which no guess must have a part."""
-        return any(torch._C._get_dispatch_mode(mode) for mode in _TRACERS) or torch.compiler.is_compiling()
+        mode = torch._C._get_dispatch_mode
+        return bool(mode(_PROXY) or mode(_FAKE) or torch.compiler.is_compiling())
 
     def guessed(inputs: tuple[Any, ...]) -> float | None:
         """The upstream gradient to compute the gradient for in the forward; None to leave it to the backward."""

@@ -1,14 +1,21 @@
-// Memory that is not initialised and only grows.
+// Memory that is not initialised and only grows. A large one is a region, which the next call takes again:
+// the page faults of fresh memory would cost a third of the time in which millions of keys are sorted.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
+#include <type_traits>
+
+#include "memory/regions.h"
 
 namespace torchfast {
 
 template <class T>
 class Buffer {
+  static_assert(std::is_trivially_copyable_v<T>);
+
  public:
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_[i]; }
@@ -16,7 +23,7 @@ class Buffer {
   T* need(int64_t n, int64_t keep = 0) {
     if (n > size_) {
       size_ = std::max(n, size_ + size_ / 2);
-      std::unique_ptr<T[]> larger(new T[size_]);
+      Memory larger = fresh(size_ * sizeof(T));
       std::copy(get(), get() + keep, larger.get());
       data_ = std::move(larger);
     }
@@ -24,7 +31,16 @@ class Buffer {
   }
 
  private:
-  std::unique_ptr<T[]> data_;
+  using Memory = std::unique_ptr<T[], void (*)(void*)>;
+
+  static Memory fresh(int64_t bytes) {
+    if (void* region = bytes >= kLeastRegion ? take_region(bytes) : nullptr) {
+      return Memory(static_cast<T*>(region), return_region);
+    }
+    return Memory(static_cast<T*>(::operator new(bytes)), [](void* data) { ::operator delete(data); });
+  }
+
+  Memory data_{nullptr, return_region};
   int64_t size_ = 0;
 };
 

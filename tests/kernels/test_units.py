@@ -57,7 +57,7 @@ def compiled(*arguments: str | Path, **options) -> None:
 
 @pytest.mark.parametrize("program", ["vec", "math", "walk", "sort"])
 def test_a_unit_is_what_plain_loops_say_in_every_instruction_set(program: str, tmp_path: Path) -> None:
-    compiled(HERE / f"{program}.cpp", "-o", tmp_path / program)
+    compiled(HERE / f"{program}.cpp", CSRC / "memory" / "regions.cpp", "-o", tmp_path / program)
     result = subprocess.run([tmp_path / program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "baseline" in result.stdout.split("\n")

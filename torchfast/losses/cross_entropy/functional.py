@@ -70,7 +70,8 @@ def _check_input(input: Tensor) -> None:
     check_logits("input", input)
     if input.dim() == 0:
         raise ValueError("input must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
-    check("input", input.shape[class_dim(input)] > 0, tuple(input.shape), "logits of at least one class")
+    if input.shape[class_dim(input)] == 0:
+        raise ValueError(f"input must be logits of at least one class, got {tuple(input.shape)}")
 
 
 def _may_be_written(input: Tensor) -> bool:
