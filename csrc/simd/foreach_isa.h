@@ -6,6 +6,9 @@
 // takes comparisons apart into scalars (10 times slower), and it did so in the AVX-512 clone of
 // functions as large as ours.
 //
+// With TORCHFAST_BASELINE_ONLY there is the last pass alone, for builds that look for what no instruction set
+// changes.
+//
 // TORCHFAST_TOGGLE is defined in every second pass. A file's guard is, too, so that their difference tells
 // whether this pass has had the file.
 #ifndef TORCHFAST_EACH_ISA
@@ -13,7 +16,7 @@
 
 #include "simd/isa.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TORCHFAST_BASELINE_ONLY)
 
 #undef TORCHFAST_ISA
 #undef TORCHFAST_VECTOR_BYTES

@@ -25,6 +25,8 @@ def build(source: Path = ROOT, sanitizers: str = SANITIZERS) -> Path:
     folder = source / "build" / f"sanitize-{sanitizers.replace(',', '-')}"
     command = ["setup.py", "--quiet", "build", "--build-base", folder, "--build-lib", folder / "lib"]
     asked = {"TORCHFAST_SANITIZE": sanitizers, "TORCHFAST_BUILD": "require", "TORCHFAST_CUDA": "0"}
+    if sanitizers == "thread":  # Threads share out their work in the same way in every instruction set.
+        asked["CXXFLAGS"] = f"{os.environ.get('CXXFLAGS', '')} -DTORCHFAST_BASELINE_ONLY"
     subprocess.run([sys.executable, *command], cwd=source, env=os.environ | asked, check=True)
     return folder / "lib"
 
@@ -48,6 +50,7 @@ def environment(folder: Path, sanitizers: str = SANITIZERS) -> dict[str, str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         # Mutex bugs would be torch's own, only some of whose libraries are suppressed.
         "TSAN_OPTIONS": f"halt_on_error=1:report_mutex_bugs=0:suppressions={HERE / 'tsan_suppressions.txt'}",
+        **({"TORCHFAST_ISA": "baseline"} if sanitizers == "thread" else {}),
         "TORCHFAST_CACHE": "0",  # no sanitizer sees the ends of memory that is used again
         "PYTHONPATH": str(folder),
         "PYTHONSAFEPATH": "1",  # keeps out the sources' own torchfast, which has the normal build
