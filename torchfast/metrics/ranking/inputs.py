@@ -22,15 +22,8 @@ from torchfast._common import (
 from torchfast.metrics._common import check_no_gradient, check_shape
 from torchfast.metrics.ranking.group import group_by_query
 from torchfast.metrics.ranking.options import Options
-from torchfast.metrics.ranking.reference import (
-    DCG,
-    GAINS,
-    NDCG,
-    Documents,
-    documents_of,
-    labels_of,
-    ragged,
-)
+from torchfast.metrics.ranking.reference import Documents, documents_of, labels_of, ragged
+from torchfast.metrics.ranking.values import DCG, GAINS, NDCG
 
 Unretrieved = Tensor | tuple[Tensor, Tensor]
 
