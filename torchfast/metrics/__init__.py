@@ -3,7 +3,7 @@ in :func:`classification_metrics` and :func:`regression_metrics`."""
 
 from typing import TYPE_CHECKING, Any
 
-from torchfast.metrics import classification, ranking, regression
+from torchfast.metrics import classification, ranking, regression, retrieval
 from torchfast.metrics.classification import (
     accuracy,
     average_precision_score,
@@ -49,6 +49,7 @@ __all__ = [
     "recall",
     "regression",
     "regression_metrics",
+    "retrieval",
     "roc_auc_score",
     "root_mean_squared_error",
 ]
