@@ -25,14 +25,18 @@ class PerQuery(NamedTuple):
     skipped: Tensor | None
     totals: Tensor | None = None
     """The sum of each metric's values, if it is known."""
+    weights: Tensor | None = None
+    """By metric and query, beside the query's own weight; None if they are all 1."""
 
     def sums(self, weight: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Sums up weighted values and weights, by metric. A query of weight 0 does not count, even if it is NaN."""
         values = self.values
-        if weight is None and self.skipped is None:
+        if weight is None and self.skipped is None and self.weights is None:
             return values.sum(1) if self.totals is None else self.totals, float(values.shape[1])
         weight = torch.ones_like(values[0]) if weight is None else weight.to(values.dtype)
         weights = weight.expand_as(values)
+        if self.weights is not None:
+            weights = weights * self.weights
         if self.skipped is not None:
             weights = torch.where(self.skipped, 0.0, weights)
         return torch.where(weights == 0, 0.0, weights * values).sum(1), weights.sum(1)
