@@ -5,8 +5,9 @@ their targets, and on the number of documents. So whoever has these, as :mod:`to
 counts them over a catalogue without its scores, gets the values by the code that ``ranking_metrics`` itself uses after
 it has located its judged documents: in PyTorch ``values.py``, in C++ ``evaluate`` of csrc/ranking/cpu/query-inl.h.
 
-Documents that are not listed have target 0 and gain 0. What cannot be ranks makes a query's values NaN: two lists of
-tied documents that overlap, more listed documents at a place than are tied there, places beyond the last document.
+Documents that are not listed have target 0 and gain 0, and those of target 0 need not be listed. What cannot be ranks
+makes a query's values NaN: groups of tied documents that overlap, more listed documents at a place than are tied there,
+places beyond the last document.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def reference(
     precision_denominator: int,
     relevance_threshold: float,
 ) -> tuple[Tensor, Tensor]:
-    query, _, bad = ragged(offsets, len(larger))
+    query, valid, bad = ragged(offsets, len(larger))
     if len(candidates) == 0 or bool(bad.any()):
         values, empty = fake(larger, equal, target, offsets, candidates, None, kinds)
         return values.fill_(torch.nan), empty.fill_(False)
@@ -114,6 +115,8 @@ def reference(
             found.append(reference(*lists, gain_table, *options))
         values, empty = zip(*found, strict=True)
         return torch.cat(values, 1), torch.cat(empty, 1)
+    nothing = target == 0 if gain_table is None else (target == 0) & (gain_table[:1].sum() == 0)
+    larger, equal, target, query = (x[valid & ~nothing] for x in (larger, equal, target, query))
     labels = labels_of(target, torch.ones_like(query, dtype=torch.bool), gain, gain_table, relevance_threshold)
     docs, wrong = _ranked(larger, equal, target, labels, query, candidates, ties)
 

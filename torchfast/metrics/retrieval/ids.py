@@ -49,6 +49,8 @@ class Lists:
 
     def part(self, begin: int, end: int) -> Lists:
         """The lists of the queries from ``begin`` to ``end - 1``."""
+        if (begin, end) == (0, self.queries):
+            return self
         own = self.offsets[begin : end + 1]
         ids = self.ids[int(own[0]) : int(own[-1])]
         return Lists(ids, own - own[0], None, ids.shape, None)
@@ -62,6 +64,11 @@ class Lists:
         filled = values.new_full((self.shape.numel(),), none)
         filled[self.place] = values
         return filled.reshape(self.shape)
+
+
+def has_values(x: Tensor) -> bool:
+    """False of tensors on meta and fake ones."""
+    return not x.is_meta and type(x) is Tensor
 
 
 # ---- Forms -------------------------------------------------------------------------------------
@@ -106,7 +113,7 @@ def _dense(ids: Tensor) -> Lists:
     width = 1 if ids.dim() == 1 else ids.shape[1]
     full = torch.arange(len(ids) + 1, device=ids.device) * width
     flat = ids.reshape(-1)
-    if flat.is_meta or type(flat) is not Tensor or not bool((flat == -1).any()):
+    if not has_values(flat) or not bool((flat == -1).any()):
         return Lists(flat, full, None, ids.shape, None)
     place = (flat != -1).nonzero().flatten()
     counts = (ids != -1).reshape(len(ids), -1).sum(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchfast._common import check, check_device, check_factor, check_logits, readable, widened
 from torchfast.metrics._common import check_choice, check_no_gradient
-from torchfast.metrics.retrieval.ids import ItemIds, Lists, check_distinct, check_ids, lists_of
+from torchfast.metrics.retrieval.ids import ItemIds, Lists, check_distinct, check_ids, has_values, lists_of
 from torchfast.metrics.retrieval.ops import retrieval_corrections, retrieval_counts, retrieval_scores
 from torchfast.metrics.retrieval.reference import score_dtype
 from torchfast.metrics.retrieval.shards import Shard
@@ -164,7 +164,7 @@ def _parts(relevant: Lists, exclude: Lists | None, items: Tensor, progress: bool
     if progress:
         most = max(64, _PRODUCTS_SHOWN // max(items.numel(), 1))
     ids = relevant.offsets if exclude is None else relevant.offsets + exclude.offsets
-    if ids.is_meta or type(ids) is not Tensor or (most >= n and relevant.ids.numel() + _size(exclude) <= _IDS_AT_ONCE):
+    if not has_values(ids) or (most >= n and relevant.ids.numel() + _size(exclude) <= _IDS_AT_ONCE):
         yield 0, n
         return
     begin = 0
@@ -296,7 +296,7 @@ class Counter:
         larger, equal, is_nan = larger[place], equal[place], scores.isnan()
         # The ops count NaN as larger than any number.
         larger = torch.where(is_nan, larger, larger - missing[query])
-        if self.stable:
+        if self.stable and has_values(scores):
             from torchfast.metrics.retrieval.stable import earlier
 
             before = earlier(self.scorer, queries, relevant, scores, equal > 1, hidden, self.filtered)
