@@ -19,8 +19,8 @@ class RetrievalMetrics(QueryMetrics):
     """:func:`retrieval_metrics` over many batches of queries: a :class:`torchmetrics.Metric`.
 
     A query belongs to one batch and one process whole. The state is that of :class:`RankingMetrics`: sums of a fixed
-    size, synchronised over ``torch.distributed`` by one sum. That shares out the queries; to share out the items,
-    pass ``group=`` to ``update``: then all processes have the same queries, and all sums the same values.
+    size, synchronised over ``torch.distributed`` by one sum. That shares out the queries. To share out the items, pass
+    ``group=`` to ``update``: then all processes have all queries, and ``sync_on_compute=False`` keeps their sums apart.
 
     Args:
         metrics, similarity, filtered, ties, gain, relevance_threshold, map_denominator, precision_denominator, nan,
