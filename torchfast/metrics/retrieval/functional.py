@@ -67,7 +67,7 @@ def evaluate(
     if isinstance(options, pykeen.Options):
         check("relevance", relevance is None, type(relevance), "None with preset='pykeen'")
         if options.nan == "error":
-            _refuse_nan(found.missing_of_query)
+            _refuse_nan(found.missing, found.relevant.query)
         return pykeen.evaluate(options, found), found.relevant
     target = relevance_of(relevance, found.relevant, options)
     return _of_ranks(options, found, target, arguments.get("filtered", False)), found.relevant
@@ -91,15 +91,15 @@ def _of_ranks(options: Options, found: Found, target: Tensor, filtered: bool) ->
     def refuse() -> None:
         refuse_labels("relevance", target, ragged(offsets, len(target)), options)
         if options.nan == "error":
-            _refuse_nan(found.missing_of_query)
+            _refuse_nan(missing, found.relevant.query if filtered else torch.arange(len(missing)))
 
     return per_query(options, values, empty, refuse)
 
 
-def _refuse_nan(missing: Tensor) -> None:
+def _refuse_nan(missing: Tensor, query: Tensor) -> None:
     at = (missing > 0).nonzero().flatten()
     if len(at):
-        raise ValueError(f"scores must not be NaN with nan='error', got one in query {int(at[0])}")
+        raise ValueError(f"scores must not be NaN with nan='error', got one in query {int(query[at[0]])}")
 
 
 def relevance_of(relevance: Any, relevant: Lists, options: Options) -> Tensor:
