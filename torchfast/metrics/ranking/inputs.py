@@ -183,7 +183,7 @@ def refuse_labels(name: str, target: Tensor, documents: Documents, options: Opti
     y = target.reshape(-1)
     real = y.double()
     wrong = documents.valid & ~((real >= 0) & (real < torch.inf))
-    allowed = "finite and >= 0" + " (padding is said with mask or lengths)" * (name == "target")
+    allowed = "finite and >= 0" + " (padding is said with mask or lengths)" * (name != "relevance")
     if options.table is not None and not wrong.any():
         wrong = documents.valid & (real >= len(options.table))
         allowed = f"below {len(options.table)}, the length of the gain table"

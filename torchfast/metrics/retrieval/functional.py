@@ -254,15 +254,19 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
     def values(*shape: int) -> Tensor:
         return (torch.randint(5, shape, generator=g) - 2).to(device, dtype)
 
-    def lists(n: int, m: int, longest: int) -> Tensor:
-        ids = torch.rand(n, m, generator=g).argsort(1)[:, :longest]
-        return torch.where(torch.rand(ids.shape, generator=g) < 0.3, -1, ids).to(device)
+    def lists(n: int, m: int, *longest: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Lists of up to so many items each, which have none in common."""
+        ids = torch.rand(n, m, generator=g).argsort(1).split([*longest, m - sum(longest)], 1)
+        for part in ids[:-1]:
+            keep = torch.rand(part.shape, generator=g) < 0.7
+            offsets = torch.cat([torch.zeros(1, dtype=torch.long), keep.sum(1).cumsum(0)])
+            yield part[keep].to(device), offsets.to(device)
 
     metrics = (*ALL, "r_precision")
     n, m, d = 5, 20, 3
-    queries, items, ids = values(n, d), values(m, d), lists(n, m, 6)
-    relevant, exclude = ids[:, :4].contiguous(), ids[:, 4:].contiguous()
-    grades = torch.randint(4, relevant.shape, generator=g).to(device)
+    queries, items = values(n, d), values(m, d)
+    relevant, exclude = lists(n, m, 4, 2)
+    grades = torch.randint(4, relevant[0].shape, generator=g).to(device)
     for ties in ("average", "stable", "optimistic", "pessimistic"):
         yield Sample((queries, items, relevant, metrics), {"ties": ties, "exclude": exclude, "reduction": "none"})
     graded = {"relevance": grades, "item_bias": values(m), "gain": (0.0, 1.0, 3.0, 3.5)}
@@ -270,9 +274,10 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
     yield Sample((queries, items, relevant, metrics), {"filtered": True, "query_weight": torch.ones(n, device=device)})
     yield Sample((queries, items, relevant, ("mean_rank", "mrr")), {"filtered": True, "preset": "pykeen"})
     table = torch.tensor([0.0, 1.0], device=device)
-    yield Sample((queries, items, ids[:, 0].clamp(min=0), metrics), {"gain": table, "similarity": "dot"})
+    yield Sample((queries, items, torch.arange(n, device=device), metrics), {"gain": table})
     if large:
-        yield Sample((values(300, 16), values(3000, 16), lists(300, 3000, 20), metrics), {"reduction": "none"})
+        (many,) = lists(300, 3000, 20)
+        yield Sample((values(300, 16), values(3000, 16), many, metrics), {"reduction": "none"})
 
 
 # ---- Registration: csrc/ranking serves the CPU -------------------------------------------------
