@@ -276,8 +276,9 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, la
     table = torch.tensor([0.0, 1.0], device=device)
     yield Sample((queries, items, torch.arange(n, device=device), metrics), {"gain": table})
     if large:
-        (many,) = lists(300, 3000, 20)
-        yield Sample((values(300, 16), values(3000, 16), many, metrics), {"reduction": "none"})
+        for n, m, d, longest in (300, 3000, 16, 20), (40, 9000, 64, 70):
+            (many,) = lists(n, m, longest)
+            yield Sample((values(n, d), values(m, d), many, metrics), {"reduction": "none"})
 
 
 # ---- Registration: csrc/ranking serves the CPU -------------------------------------------------

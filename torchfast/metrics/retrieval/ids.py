@@ -125,7 +125,7 @@ def _flat(name: str, ids: Tensor, offsets: Tensor, queries: int, like: Tensor) -
     check(f"{name}'s offsets' shape", offsets.shape == (queries + 1,), tuple(offsets.shape), (queries + 1,))
     for what, x in (name, ids), (f"{name}'s offsets", offsets):
         check_device(what, x, "queries", like)
-    offsets = offsets.long()
+    offsets = offsets.long().contiguous()
     if readable(offsets):
         ends = int(offsets[0]), int(offsets[-1])
         check(f"{name}'s first and last offset", ends == (0, len(ids)), ends, (0, len(ids)))

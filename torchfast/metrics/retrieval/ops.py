@@ -24,13 +24,12 @@ if a query's ranks mean anything (``nan="propagate"``, ``"error"``); taken from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchfast._register import Sample, register_metric
+from torchfast._register import register_metric
 from torchfast.metrics.retrieval import reference
 
 
@@ -70,27 +69,6 @@ def count_ranks(
     return larger - more, equal - same
 
 
-# ---- Sample inputs: what the generic tests and selftest run ----------------------------------
-
-
-def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32, *, large: bool = False) -> Iterator[Sample]:
-    """Makes small integers, whose products every dtype adds up exactly; with ``large`` also several blocks of items."""
-    g = torch.Generator(device="cpu").manual_seed(0)
-
-    def values(*shape: int) -> Tensor:
-        return (torch.randint(9, shape, generator=g) - 4).to(device, dtype)
-
-    def lists(n: int, m: int, longest: int) -> tuple[Tensor, Tensor]:
-        lengths = torch.randint(longest + 1, (n,), generator=g)
-        ids = torch.randint(m, (int(lengths.sum()),), generator=g)
-        return ids.to(device), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device)
-
-    for n, m, d in (1, 1, 1), (13, 150, 7), *(((40, 9000, 64), (300, 2000, 33)) if large else ()):
-        queries, items = values(n, d), values(m, d)
-        yield Sample((queries, items, None, *lists(n, m, 5)), {})
-        yield Sample((queries, items, values(m), *lists(n, m, 70), *lists(n, m, 9)), {})
-
-
 # ---- Registration: csrc/retrieval serves the CPU -----------------------------------------------
 
 
@@ -117,8 +95,6 @@ retrieval_counts = register_metric(
     "(Tensor queries, Tensor items, Tensor? item_bias, Tensor scores, Tensor offsets) -> (Tensor larger, Tensor equal)",
     reference=reference.counts,
     fake=_fake_counts,
-    function=count_ranks,
-    sample_inputs=sample_inputs,
 )
 retrieval_corrections = register_metric(
     "retrieval_corrections",
