@@ -49,8 +49,8 @@ class PerQuery(NamedTuple):
 def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) -> PerQuery:
     """Computes all values; ``arguments`` are those of ``ranking_metrics`` that describe the input."""
     inputs = check_inputs(options, preds, target, **arguments)
-    found = _op(*inputs, options.table_for(preds), *options.numbers)
-    return per_query(options, *found, lambda: refuse(inputs, options))
+    values, empty = _op(*inputs, options.table_for(preds), *options.numbers)
+    return per_query(options, values, empty, lambda: refuse(inputs, options))
 
 
 def per_query(options: Options, values: Tensor, empty: Tensor, refuse: Callable[[], None]) -> PerQuery:

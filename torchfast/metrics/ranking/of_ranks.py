@@ -105,16 +105,14 @@ def reference(
     if len(candidates) == 0 or bool(bad.any()):
         values, empty = fake(larger, equal, target, offsets, candidates, None, kinds)
         return values.fill_(torch.nan), empty.fill_(False)
-    options = kinds, ks, ties, gain, map_denominator, precision_denominator, relevance_threshold
+    options: tuple[Any, ...] = kinds, ks, ties, gain, map_denominator, precision_denominator, relevance_threshold
     if len(parts := _parts(equal, offsets)) > 1:
         found = []
         for begin, end in parts:
             some = slice(int(offsets[begin]), int(offsets[end]))
-            own = offsets[begin : end + 1] - offsets[begin]
-            lists = larger[some], equal[some], target[some], own, candidates[begin:end]
-            found.append(reference(*lists, gain_table, *options))
-        values, empty = zip(*found, strict=True)
-        return torch.cat(values, 1), torch.cat(empty, 1)
+            lists = larger[some], equal[some], target[some], offsets[begin : end + 1] - offsets[begin]
+            found.append(reference(*lists, candidates[begin:end], gain_table, *options))
+        return torch.cat([values for values, _ in found], 1), torch.cat([empty for _, empty in found], 1)
     nothing = target == 0 if gain_table is None else (target == 0) & (gain_table[:1].sum() == 0)
     larger, equal, target, query = (x[valid & ~nothing] for x in (larger, equal, target, query))
     labels = labels_of(target, torch.ones_like(query, dtype=torch.bool), gain, gain_table, relevance_threshold)

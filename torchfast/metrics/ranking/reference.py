@@ -189,5 +189,5 @@ def reference(
         n_rel = num_relevant
 
     docs = _rank(preds, documents, labels, target, ties)
-    judged = Judged(gains, query, n_rel, count(documents.valid, documents.query), bad)
-    return values_of(docs, judged, kinds, ks, map_denominator, precision_denominator)
+    all_judged = Judged(gains, query, n_rel, count(documents.valid, documents.query), bad)
+    return values_of(docs, all_judged, kinds, ks, map_denominator, precision_denominator)

@@ -89,7 +89,8 @@ def lists_of(name: str, given: ItemIds, queries: int, like: Tensor) -> Lists:
     """
     if isinstance(given, (tuple, list)):
         check(f"{name}'s length", len(given) == 2, len(given), "2: values and offsets")
-        return _flat(name, *map(_of_integers, (name, f"{name}'s offsets"), given), queries, like)
+        ids, offsets = map(_of_integers, (name, f"{name}'s offsets"), given)
+        return _flat(name, ids, offsets, queries, like)
     if getattr(given, "format", None) is not None and hasattr(given, "indptr"):
         return _from_scipy(name, given, queries, like)
     ids = _of_integers(name, given, "a tensor of integers, values and offsets, or a scipy matrix in CSR form", True)

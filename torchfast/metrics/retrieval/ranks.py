@@ -272,9 +272,10 @@ class Counter:
         shard, query, n = self.scorer.shard, relevant.query, relevant.queries
         mine, at = shard.own(relevant)
         scores = shard.summed_at(self.scorer.scores(queries, mine.ids, mine.offsets), at, len(relevant.ids))
-        listed, offsets, place = scores, relevant.offsets, slice(None)
+        listed, offsets = scores, relevant.offsets
+        place = torch.arange(len(scores), device=scores.device)
         if self.look_for_nan:  # each query has a NaN behind its scores
-            place = torch.arange(len(scores), device=scores.device) + query
+            place = place + query
             listed = scores.new_full((len(scores) + n,), torch.nan)
             listed[place] = scores
             offsets = offsets + torch.arange(n + 1, device=scores.device)
