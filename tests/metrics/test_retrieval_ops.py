@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memory import peak_memory
 
 from torchfast.info import report
-from torchfast.metrics.retrieval.ops import count_ranks, retrieval_corrections, retrieval_counts, retrieval_scores
+from torchfast.metrics.retrieval.ops import retrieval_corrections, retrieval_counts, retrieval_scores
 
 #: Tiles are 6 or 8 queries of 8, 16, 24 or 48 items, blocks 1024 items or fewer, and 256 listed scores are many.
 QUERIES, ITEMS = (0, 1, 2, 5, 6, 7, 8, 9, 17), (0, 1, 7, 8, 9, 16, 17, 24, 25, 48, 49, 500, 1023, 1025, 2100)
@@ -296,8 +296,10 @@ def test_excluded_items_are_no_candidates(device):
     expected = compared(
         rows[owners(offsets)], rows[owners(offsets)].gather(1, ids[:, None])[:, 0], left[owners(offsets)]
     )
-    found = count_ranks(*moved(device, queries, items, None, ids, offsets, excluded, excluded_offsets))
-    assert_all_equal(found, expected)
+    scores, larger, equal = ranked(device, queries, items, None, ids, offsets)
+    others, _, _ = ranked(device, queries, items, None, excluded, excluded_offsets)
+    more, same = retrieval_corrections(*moved(device, scores, offsets, others, excluded_offsets))
+    assert_all_equal((larger - more.cpu(), equal - same.cpu()), expected)
 
 
 # ---- Mistakes, memory ----------------------------------------------------------------------------------
