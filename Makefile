@@ -36,7 +36,8 @@ demo: .venv/cpu-built
 	$(BIN)/python examples/retrieve_digits.py
 
 LOSSES := $(addprefix tests/losses/test_,ops.py with_gradient.py cross_entropy.py sigmoid_focal_loss.py linear_cross_entropy.py)
-METRICS := $(addprefix tests/metrics/test_,metric_ops.py ranking.py classification.py regression.py)
+METRICS := $(addprefix tests/metrics/test_,metric_ops.py ranking.py retrieval_ops.py retrieval.py retrieval_forms.py \
+	classification.py regression.py)
 TRITON := tests/losses/test_triton_cross_entropy.py tests/losses/test_triton_sigmoid_focal_loss.py
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist worksteal $(FULL)
 # A process takes whole files, which build what their tests share.

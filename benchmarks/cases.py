@@ -27,12 +27,13 @@ Step = Callable[..., Tensor]
 
 class Aims(NamedTuple):
     """torchfast aims to be at least so many times faster than a peer, and to take at most so many times as long as
-    copying the logits into memory that is there, or as reading all inputs."""
+    copying the logits into memory that is there, as reading all inputs, or as the product of matrices alone."""
 
     eager: float | None = None
     compile: float | None = None
     copy: float | None = None
     read: float | None = None
+    mm: float | None = None
 
 
 NO_AIMS = Aims()
@@ -97,7 +98,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 PEER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-FLOORS = ("copy_", "clone", "read", "sort", "argmax")
+FLOORS = ("copy_", "clone", "read", "mm", "sort", "argmax")
 
 
 def timings(name: str) -> tuple[str, ...]:

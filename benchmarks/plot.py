@@ -32,7 +32,7 @@ COLORS = {
     "copy_": "#2e4057",
 }
 BARS = ("torchfast", "torchfast one-hot", "torch.compile", "liger", "torch chunked", "eager")
-FLOORS = {"read": "reading the inputs", "copy_": "copying the logits"}
+FLOORS = {"read": "reading the inputs", "mm": "the product of matrices alone", "copy_": "copying the logits"}
 
 Row = dict[str, str]
 
@@ -121,7 +121,12 @@ def family_picture(rows: list[Row], family: str) -> Figure:
     for axes, (dtype, cases) in zip(panels[0], by_dtype.items(), strict=True):
         bars(axes, cases, dtype, FLOORS | {"copy_": "copying the classifier"} if family == "linear" else FLOORS)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8)
-    metrics = {"ranking": "NDCG@10, MRR, MAP", "classification": "metrics", "regression": "metrics"}
+    metrics = {
+        "ranking": "NDCG@10, MRR, MAP",
+        "classification": "metrics",
+        "regression": "metrics",
+        "retrieval": "metrics",
+    }
     what = metrics.get(family.partition(" ")[0], "loss + gradient")
     figure.suptitle(f"{family}: {what}", x=0.01, ha="left", fontsize=11)
     return figure

@@ -69,7 +69,7 @@ def table(rows: list[Row]) -> Iterator[str]:
         others = {who: t for who, t in found.items() if who not in known and not who.startswith("torchfast")}
         other = min(others, key=lambda who: others[who], default=None)
         _, _, shape, dtype = case.split("/")
-        floor = next(floor for floor in ("read", "sort", "copy_") if floor in found)
+        floor = next(floor for floor in ("read", "mm", "sort", "copy_") if floor in found)
         cells = (
             name,
             f"{shape.replace('x', ' x ')} {dtype}",

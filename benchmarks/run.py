@@ -14,8 +14,8 @@ the median. Inputs larger than the L2 caches are read from memory anyway, smalle
 Freeing memory is outside the clock, for the floors as for everyone; allocating it is inside. The floor of a loss is
 copying the logits into memory that is there: one read, one write.
 Only ratios within one run mean anything. Every row is appended to a CSV; ``plot.py`` draws it.
-The cases are in ``cases.py``, ``linear.py``, ``ranking.py`` and ``classification.py``. A metric has no gradient: both
-its times are of the call.
+The cases are in ``cases.py``, ``linear.py``, ``ranking.py``, ``classification.py`` and ``retrieval.py``. A metric has
+no gradient: both its times are of the call.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ from classification import classification_cases
 from linear import linear_cases
 from overview import overview
 from ranking import gpu_ranking_cases, ranking_cases
+from retrieval import retrieval_cases
 
 import torchfast
 from torchfast import _native, _triton
@@ -343,11 +344,11 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
     for case, rows in results:
         times = {name: median(rows, name) for name in CONTENDERS}
         ours = times["torchfast"]
-        copy, read = (median(rows, name, "floor") for name in ("copy_", "read"))
+        floors = [median(rows, name, "floor") for name in ("copy_", "read", "mm")]
         ratios = Aims()
         if ours:
             peers = (times["eager"], times["torch.compile"])
-            ratios = Aims(*(peer and peer / ours for peer in peers), ours / copy, read and ours / read)
+            ratios = Aims(*(peer and peer / ours for peer in peers), *(floor and ours / floor for floor in floors))
             others += [
                 f"{case.label}: {name} {t:.4g} ms, {t / ours:.3g} times ours"
                 for name in (*case.contenders, "sort", "argmax")
@@ -366,10 +367,12 @@ def report(console: Console, results: list[tuple[Case, list[Row]]]) -> None:
         )
         shown.append((case, [*map("\n".join, cells), verdict(case.aims, ratios) if ours else "[red]not timed"]))
         notes += [f"{case.label}, {r['contender']}: {r['note']}" for r in rows if r["note"]]
-    console.print("Forward + backward: medians. eager, compile: how many times slower; copy, read: our time / theirs")
-    headings = ("ms\nfwd ms", "eager\ncompile", "copy\nread", "memory\neager's", "aims")
+    console.print(
+        "Forward + backward: medians. eager, compile: how many times slower; copy, read, mm: our time / theirs"
+    )
+    headings = ("ms\nfwd ms", "eager\ncompile", "copy\nread\nmm", "memory\neager's", "aims")
     console.print(overview(headings, shown), soft_wrap=False)
-    console.print("aims: at least of eager / compile; at most of copy / read; half: half of the aim is reached")
+    console.print("aims: at least of eager / compile; at most of copy / read / mm; half: half of the aim is reached")
     console.print("memory: extra at the peak until the loss > until the gradient, in sizes of the logits")
     for name, curve in curves.items():
         steps = (f"{n:,}: x{after / before:.2f}" for (n, before), (_, after) in itertools.pairwise(curve))
@@ -418,7 +421,7 @@ def parse() -> argparse.Namespace:
 
 
 def cpu_cases() -> tuple[Case, ...]:
-    return (*cases(), *linear_cases(), *ranking_cases(), *classification_cases())
+    return (*cases(), *linear_cases(), *ranking_cases(), *classification_cases(), *retrieval_cases())
 
 
 def main() -> None:

@@ -69,7 +69,8 @@ OF_FUNCTIONS = cases_of_functions()
 def test_every_tensor_argument_is_tested():
     for function in {function for function, *_ in OF_FUNCTIONS.values()}:
         parameters = inspect.signature(function).parameters.values()
-        wanted = {p.name for p in parameters if "Tensor" in str(p.annotation) or "Unretrieved" in str(p.annotation)}
+        kinds = "Tensor", "Unretrieved", "ItemIds"
+        wanted = {p.name for p in parameters if any(kind in str(p.annotation) for kind in kinds)}
         assert wanted == {name for of, _, name, _ in OF_FUNCTIONS.values() if of is function}
 
 
@@ -136,10 +137,14 @@ def assert_equal_but_for_rounding(actual, expected, what):
 def by_reference(monkeypatch):
     """Has the public functions computed by plain PyTorch."""
 
+    def of_metric(self, *inputs):
+        found = self.reference(*inputs)
+        return found if len(found) > 1 else found[0]
+
     def by_reference(function, **arguments):
         with monkeypatch.context() as patch:
             patch.setattr(_register.Op, "__call__", lambda self, *inputs: self.reference(*inputs)[0])
-            patch.setattr(_register.Metric, "__call__", lambda self, *inputs: self.reference(*inputs))
+            patch.setattr(_register.Metric, "__call__", of_metric)
             return outcome(function, **arguments)
 
     return by_reference
@@ -168,10 +173,13 @@ def test_any_dtype_and_layout_is_right_or_refused_by_the_name_of_the_argument(ca
     assert tested > len(DTYPES)
 
 
+EMBEDDINGS = "input", "inputs", "preds", "queries", "items"  # what is multiplied or ranked
+
+
 def test_the_values_of_float8_are_those_of_float32(device):
     """The reference might read them wrongly too."""
     for (_, name, _, dtype), (function, arguments, *_) in OF_FUNCTIONS.items():
-        if dtype != "float32" or not isinstance(arguments[name], Tensor) or name in ("input", "inputs", "preds"):
+        if dtype != "float32" or not isinstance(arguments[name], Tensor) or name in EMBEDDINGS:
             continue
         narrow = arguments[name].to(torch.float8_e4m3fn)
         actual, expected = (outcome(function, **{**arguments, name: t}) for t in (narrow, narrow.float()))

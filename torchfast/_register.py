@@ -310,13 +310,13 @@ class Metric:
 
     name: str
     reference: Callable[..., tuple[Tensor, ...]]
-    """Plain PyTorch with the op's signature."""
+    """Plain PyTorch with the op's signature; a tuple even of one output."""
     op: Any
     function: Callable[..., Any] | None
     """The public function, for tests that iterate over the registry. It is None for a part, which the samples call."""
     sample_inputs: Callable[..., Iterable[Sample]]
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.op(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
@@ -336,11 +336,19 @@ def register_metric(
     function: Callable[..., Any] | None = None,
     sample_inputs: Callable[..., Iterable[Sample]] = lambda *_, **__: (),
 ) -> Metric:
-    """Defines ``torchfast::<name>`` with the schema ``(inputs) -> (outputs)``, and enters it in ``metrics``."""
-    op = _define(name, schema, reference, fake)
+    """Defines ``torchfast::<name>`` with the schema ``(inputs) -> (outputs)``, and enters it in ``metrics``.
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
+    ``reference`` and ``fake`` give a tuple even of one output, which the op gives as it is.
+    """
+    single = len(torch._C.parse_schema(f"{name}{schema}").returns) == 1
+
+    def as_given(f: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+        return (lambda *inputs: f(*inputs)[0]) if single else f
+
+    op = _define(name, schema, as_given(reference), as_given(fake))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*((output,) if single else output))
 
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(f"{name} is not differentiable")

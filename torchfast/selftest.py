@@ -100,7 +100,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.calls += [(metric, args, result) for metric in metrics.values() if metric.op is func]
+        outputs = result if isinstance(result, tuple) else (result,)
+        self.calls += [(metric, args, outputs) for metric in metrics.values() if metric.op is func]
         self.calls += [(op, args, result) for op in registry.values() if op.forward is func]
         return result
 

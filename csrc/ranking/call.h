@@ -23,8 +23,9 @@ struct Elements {
 // A call of the op; absent tensors are null.
 struct Call {
   Elements preds, target, mask;
-  Elements unretrieved;    // targets of the documents that were not retrieved
-  const int64_t* offsets;  // where flat queries begin: queries + 1
+  const int64_t *larger, *equal, *candidates;  // ranks that are known: then there are no preds
+  Elements unretrieved;                        // targets of the documents that were not retrieved
+  const int64_t* offsets;                      // where flat queries begin: queries + 1
   const int64_t* lengths;
   const int64_t* num_relevant;
   const int64_t* unretrieved_offsets;
@@ -39,5 +40,8 @@ struct Call {
 
 // Fills in values and empty, on the CPU.
 void rank_on_cpu(const Call& call);
+
+// The same from the ranks of the documents that `target` lists, query q's from offsets[q] on.
+void evaluate_on_cpu(const Call& call);
 
 }  // namespace torchfast::ranking

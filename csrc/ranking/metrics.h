@@ -123,7 +123,7 @@ TORCHFAST_FORMULA FirstHit first_hit(const Group& g, int64_t m) {
 }
 
 // E[sum of the precisions / hits], both up to a cut-off that leaves m < n documents of the group;
-// `sum` has the precisions of the groups before. See reference.py, precisions_over_hits.
+// `sum` has the precisions of the groups before. See values.py, precisions_over_hits.
 TORCHFAST_FORMULA double precisions_over_hits(const Group& g, int64_t m, double sum) {
   double c0 = 0, c1 = 0;
   TORCHFAST_ROLLED

@@ -55,7 +55,7 @@ def compiled(*arguments: str | Path, **options) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("program", ["vec", "math", "walk", "sort"])
+@pytest.mark.parametrize("program", ["vec", "math", "walk", "sort", "retrieval"])
 def test_a_unit_is_what_plain_loops_say_in_every_instruction_set(program: str, tmp_path: Path) -> None:
     compiled(HERE / f"{program}.cpp", CSRC / "memory" / "regions.cpp", "-o", tmp_path / program)
     result = subprocess.run([tmp_path / program], capture_output=True, text=True)

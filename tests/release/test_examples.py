@@ -61,6 +61,16 @@ def retrieve_digits(main, tmp_path):
     assert found["trained network"]["mrr"] > 0.9
 
 
+def match_halves(main, tmp_path):
+    found = main(["--quick"])
+    trained = found["trained"]
+    assert trained["mrr"] > 5 * found["untrained"]["mrr"] and trained["hit_rate@100"] > 0.8
+    for name, value in found["from the matrix"].items():
+        assert abs(value - trained[name]) < 0.005  # a product of matrices rounds in another order
+    assert found["lists of 100"]["hit_rate@10"] == found["from the matrix"]["hit_rate@10"]
+    assert found["lists of 100"]["ndcg"] < trained["ndcg"] and found["among all items"]["mrr"] < trained["mrr"]
+
+
 def with_lightning(main, tmp_path):
     found = main()
     assert found["accuracy"] > 0.9 and found["f1@macro"] > 0.9

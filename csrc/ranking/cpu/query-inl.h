@@ -69,11 +69,10 @@ void evaluate(const ranking::Call& c, const ranking::Query& query, const Ranking
   }
 }
 
-// Ranks one query after the other.
-template <class R>
-class Ranker {
+// Evaluates one query after the other, wherever its ranks come from.
+class Evaluator {
  public:
-  Ranker(const ranking::Call& call, const Discounts& discounts) : c_(call), discounts_(discounts) {
+  Evaluator(const ranking::Call& call, const Discounts& discounts) : c_(call), discounts_(discounts) {
     for (int64_t m = 0; m < c_.metrics; ++m) {
       of_all_ranks_ |= c_.kinds[m] != ranking::r_precision && c_.ks[m] == 0;
       longest_cut_ = std::max(longest_cut_, c_.ks[m]);
@@ -82,19 +81,20 @@ class Ranker {
         longest_ndcg_ = std::max(longest_ndcg_, ranking::cut_of(ranking::ndcg, c_.ks[m], {}));
     }
   }
-  Ranker(const Ranker&) = delete;  // its parts refer to each other
+  Evaluator(const Evaluator&) = delete;  // its parts refer to each other
 
   Judged judged;       // the query's, which the caller fills in
   Judged unretrieved;  // those that were not retrieved; `at` means nothing
 
-  // Turns the judged documents into the values of query q. If num_relevant < 0, the targets say how many are
-  // relevant.
-  template <class S>
-  void rank(const Row<S>& row, const Parts& parts, int64_t num_relevant, int64_t q) {
+  // Turns the judged documents of `documents` into the values of query q. If num_relevant < 0, the targets
+  // say how many are relevant. locate(ranked, cut) finds the ranks up to the cut-off, and returns if they
+  // have a meaning.
+  template <class Locate>
+  void evaluate_query(int64_t documents, int64_t num_relevant, int64_t q, const Locate& locate) {
     using namespace ranking;
     const Options& o = c_.options;
     if (judged.wrong || unretrieved.wrong) return fail(q);  // an illegal target has no gain
-    Query query{row.n, 0, 0};
+    Query query{documents, 0, 0};
     double* gains = judged.y.get();
     int64_t gains_count = judged.count + unretrieved.count;
     bool gain = gains_count > 0;
@@ -113,10 +113,8 @@ class Ranker {
     if (num_relevant >= 0) query.n_rel = num_relevant;
 
     ranked_.begin(gains);
-    int64_t cut = of_all_ranks_ ? row.n : std::max(longest_cut_, by_relevant_ ? query.n_rel : 0);
-    int64_t numbers =
-        judged.count <= Counting<R>::kMost ? counting_.rank(row, parts) : sorting_.rank(row, cut, parts);
-    if (query.n_rel < query.relevant || (o.nan == propagate && numbers < row.n)) return fail(q);
+    int64_t cut = of_all_ranks_ ? documents : std::max(longest_cut_, by_relevant_ ? query.n_rel : 0);
+    if (!locate(ranked_, cut) || query.n_rel < query.relevant) return fail(q);
     double* out = c_.values + q;
     c_.empty[q] = query.n_rel == 0;
     c_.empty[q + c_.queries] = !gain;
@@ -131,13 +129,33 @@ class Ranker {
     c_.empty[q] = c_.empty[q + c_.queries] = false;
   }
 
- private:
+ protected:
   const ranking::Call& c_;
+  Ranked ranked_{c_.options, judged};
+
+ private:
   const Discounts& discounts_;
   bool of_all_ranks_ = false, by_relevant_ = false;  // a metric has no cut-off; has the cut-off n_rel
   int64_t longest_cut_ = 0, longest_ndcg_ = 0;
   Buffer<double> gains_;  // of judged, then of unretrieved documents, unless the targets of `judged` serve
-  Ranked ranked_{c_.options, judged};
+};
+
+// Ranks one query after the other by its scores.
+template <class R>
+class Ranker : public Evaluator {
+ public:
+  using Evaluator::Evaluator;
+
+  template <class S>
+  void rank(const Row<S>& row, const Parts& parts, int64_t num_relevant, int64_t q) {
+    evaluate_query(row.n, num_relevant, q, [&](Ranked&, int64_t cut) {
+      int64_t numbers =
+          judged.count <= Counting<R>::kMost ? counting_.rank(row, parts) : sorting_.rank(row, cut, parts);
+      return c_.options.nan != ranking::propagate || numbers == row.n;
+    });
+  }
+
+ private:
   Counting<R> counting_{ranked_};
   Sorting<R> sorting_{ranked_};
 };

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +25,18 @@ class PerQuery(NamedTuple):
     skipped: Tensor | None
     totals: Tensor | None = None
     """The sum of each metric's values, if it is known."""
+    weights: Tensor | None = None
+    """By metric and query, beside the query's own weight; None if they are all 1."""
 
     def sums(self, weight: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Sums up weighted values and weights, by metric. A query of weight 0 does not count, even if it is NaN."""
         values = self.values
-        if weight is None and self.skipped is None:
+        if weight is None and self.skipped is None and self.weights is None:
             return values.sum(1) if self.totals is None else self.totals, float(values.shape[1])
         weight = torch.ones_like(values[0]) if weight is None else weight.to(values.dtype)
         weights = weight.expand_as(values)
+        if self.weights is not None:
+            weights = weights * self.weights
         if self.skipped is not None:
             weights = torch.where(self.skipped, 0.0, weights)
         return torch.where(weights == 0, 0.0, weights * values).sum(1), weights.sum(1)
@@ -46,6 +50,12 @@ def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) 
     """Computes all values; ``arguments`` are those of ``ranking_metrics`` that describe the input."""
     inputs = check_inputs(options, preds, target, **arguments)
     values, empty = _op(*inputs, options.table_for(preds), *options.numbers)
+    return per_query(options, values, empty, lambda: refuse(inputs, options))
+
+
+def per_query(options: Options, values: Tensor, empty: Tensor, refuse: Callable[[], None]) -> PerQuery:
+    """Treats queries without a relevant document as the options say. Where a value is not finite, ``refuse`` raises if
+    an argument is to blame."""
     strict = "error" in (options.nan, options.empty) and not (
         torch.compiler.is_compiling() or type(values) is not Tensor or values.is_meta
     )
@@ -53,7 +63,7 @@ def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) 
     if strict or readable(values):
         totals = values.sum(1)
         if not all(map(math.isfinite, totals.tolist())):
-            refuse(inputs, options)
+            refuse()
     if options.empty == "zero":
         return PerQuery(values, None, totals)
     undefined = torch.stack(
@@ -66,6 +76,17 @@ def evaluate(options: Options, preds: Tensor, target: Tensor, **arguments: Any) 
     if options.empty == "skip":
         return PerQuery(values, undefined)
     return PerQuery(torch.where(undefined, 1.0, values) if options.empty == "one" else values, None)
+
+
+def reduced(names: Sequence[str], found: PerQuery, query_weight: Tensor | None, reduction: str) -> dict[str, Tensor]:
+    """The values by name: their means, or with ``reduction="none"`` those of all queries."""
+    check("reduction", reduction in ("mean", "none"), reduction, "'mean' or 'none'")
+    check("query_weight", query_weight is None or reduction == "mean", query_weight, "None for reduction='none'")
+    if reduction == "none":
+        return dict(zip(names, found.marked(), strict=True))
+    weight = None if query_weight is None else check_weight(query_weight, found.values)
+    sums, weights = found.sums(weight)
+    return dict(zip(names, (sums / weights).unbind(), strict=True))
 
 
 def check_weight(weight: Tensor, values: Tensor) -> Tensor:
@@ -181,9 +202,7 @@ def ranking_metrics(
         empty=empty,
         preset=preset,
     )
-    check("reduction", reduction in ("mean", "none"), reduction, "'mean' or 'none'")
-    check("query_weight", query_weight is None or reduction == "mean", query_weight, "None for reduction='none'")
-    per_query = evaluate(
+    found = evaluate(
         options,
         preds,
         target,
@@ -194,11 +213,7 @@ def ranking_metrics(
         num_relevant=num_relevant,
         unretrieved=unretrieved,
     )
-    if reduction == "none":
-        return dict(zip(options.names, per_query.marked(), strict=True))
-    weight = None if query_weight is None else check_weight(query_weight, per_query.values)
-    sums, weights = per_query.sums(weight)
-    return dict(zip(options.names, (sums / weights).unbind(), strict=True))
+    return reduced(options.names, found, query_weight, reduction)
 
 
 # ---- One metric ------------------------------------------------------------------------------

@@ -22,15 +22,8 @@ from torchfast._common import (
 from torchfast.metrics._common import check_no_gradient, check_shape
 from torchfast.metrics.ranking.group import group_by_query
 from torchfast.metrics.ranking.options import Options
-from torchfast.metrics.ranking.reference import (
-    DCG,
-    GAINS,
-    NDCG,
-    Documents,
-    documents_of,
-    labels_of,
-    ragged,
-)
+from torchfast.metrics.ranking.reference import Documents, documents_of, labels_of, ragged
+from torchfast.metrics.ranking.values import DCG, GAINS, NDCG
 
 Unretrieved = Tensor | tuple[Tensor, Tensor]
 
@@ -59,7 +52,7 @@ _CONVERTED = {
 }
 
 
-def _check_labels(name: str, target: Tensor, options: Options) -> Tensor:
+def check_labels(name: str, target: Tensor, options: Options) -> Tensor:
     """Returns the target in a dtype that the kernels take."""
     check_tensor(name, target, REALS, "a tensor of bool, integers or floats", jagged=True)
     if GAINS[options.gain] == "table" and target.is_floating_point():
@@ -69,7 +62,7 @@ def _check_labels(name: str, target: Tensor, options: Options) -> Tensor:
     return target if dtype is None else target.to(dtype)
 
 
-def _from_jagged(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def from_jagged(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the values and offsets of a nested tensor, with its holes closed."""
     check(f"dimensions of {name}", x.dim() == 2, x.dim(), "2, (queries, documents of each)")
     values, offsets, lengths = x.values(), x.offsets(), x.lengths()  # type: ignore[attr-defined]
@@ -107,7 +100,7 @@ def check_inputs(
     unretrieved: Unretrieved | None,
 ) -> Inputs:
     check_logits("preds", preds, jagged=True)
-    target = _check_labels("target", target, options)
+    target = check_labels("target", target, options)
     check_no_gradient("ranking metrics", preds)
     preds = _without_graph(preds)
     boundaries = ("offsets", offsets), ("indexes", indexes), ("lengths", lengths)
@@ -117,7 +110,7 @@ def check_inputs(
         given += ["mask"] * (mask is not None)
         check("preds and target", preds.is_nested and target.is_nested, "one of them", "nested both or neither")
         check("query boundaries", not given, given, "left out for nested tensors, which have them")
-        (preds, offsets), (target, of_target) = _from_jagged("preds", preds), _from_jagged("target", target)
+        (preds, offsets), (target, of_target) = from_jagged("preds", preds), from_jagged("target", target)
         same = offsets.shape == of_target.shape and target.shape == preds.shape
         if same and offsets is not of_target and readable(offsets):
             same = torch.equal(offsets, of_target)
@@ -168,12 +161,12 @@ def _check_unretrieved(
     if isinstance(unretrieved, (tuple, list)):
         check("unretrieved's length", len(unretrieved) == 2, len(unretrieved), "2: values and offsets")
         values, offsets = unretrieved
-        values = _check_labels("unretrieved", values, options)
+        values = check_labels("unretrieved", values, options)
         check("unretrieved values' shape", values.dim() == 1, tuple(values.shape), "(targets of all queries,)")
     else:
-        values = _check_labels("unretrieved", unretrieved, options)
+        values = check_labels("unretrieved", unretrieved, options)
         if values.is_nested:
-            values, offsets = _from_jagged("unretrieved", values)
+            values, offsets = from_jagged("unretrieved", values)
         else:
             good = values.dim() == 2 and len(values) == queries
             check("unretrieved's shape", good, tuple(values.shape), f"({queries}, targets of each query)")
@@ -186,11 +179,11 @@ def _check_unretrieved(
 # ---- What is wrong with the values: looked for where a metric came out as NaN ------------------
 
 
-def _refuse_labels(name: str, target: Tensor, documents: Documents, options: Options) -> None:
+def refuse_labels(name: str, target: Tensor, documents: Documents, options: Options) -> None:
     y = target.reshape(-1)
     real = y.double()
     wrong = documents.valid & ~((real >= 0) & (real < torch.inf))
-    allowed = "finite and >= 0 (padding is said with mask or lengths)"
+    allowed = "finite and >= 0" + " (padding is said with mask or lengths)" * (name != "relevance")
     if options.table is not None and not wrong.any():
         wrong = documents.valid & (real >= len(options.table))
         allowed = f"below {len(options.table)}, the length of the gain table"
@@ -235,10 +228,10 @@ def refuse(inputs: Inputs, options: Options) -> None:
             given = int(lengths[wrong][0])
             raise ValueError(f"lengths must be from 0 to {preds.shape[1]}, the documents of a row, got {given}")
     documents = documents_of(preds, offsets, mask, lengths)
-    _refuse_labels("target", target, documents, options)
+    refuse_labels("target", target, documents, options)
     if unretrieved is not None and unretrieved_offsets is not None:
         _refuse_offsets("unretrieved's offsets", unretrieved_offsets, len(unretrieved))
-        _refuse_labels("unretrieved", unretrieved, ragged(unretrieved_offsets, len(unretrieved)), options)
+        refuse_labels("unretrieved", unretrieved, ragged(unretrieved_offsets, len(unretrieved)), options)
     missing = documents.valid & preds.reshape(-1).isnan()
     if num_relevant is not None:
         y = target.reshape(-1)

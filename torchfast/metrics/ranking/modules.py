@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torchmetrics
 from torch import Tensor
 
-from torchfast._common import check
-from torchfast.metrics.ranking.functional import check_weight, evaluate
+from torchfast.metrics.ranking.functional import evaluate
 from torchfast.metrics.ranking.inputs import Unretrieved
 from torchfast.metrics.ranking.options import resolve
+from torchfast.metrics.ranking.streaming import QueryMetrics
 
 
-class RankingMetrics(torchmetrics.Metric):
+class RankingMetrics(QueryMetrics):
     """:func:`ranking_metrics` over many batches: a :class:`torchmetrics.Metric`.
 
     A query belongs to one batch and one process whole: nothing of it is kept but its part in the sums, so documents of
@@ -42,10 +40,6 @@ class RankingMetrics(torchmetrics.Metric):
         {'ndcg@10': 0.8899, 'mrr': 0.8333}
     """
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
-
     def __init__(
         self,
         metrics: str | Sequence[str],
@@ -61,8 +55,7 @@ class RankingMetrics(torchmetrics.Metric):
         per_query: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.options = resolve(
+        options = resolve(
             metrics,
             ties=ties,
             gain=gain,
@@ -73,12 +66,7 @@ class RankingMetrics(torchmetrics.Metric):
             empty=empty,
             preset=preset,
         )
-        self.per_query = per_query
-        # A MetricCollection lets metrics of the same state names and, after the first batch, the same values share
-        # one state for ever, as recall and hit rate may have: so the name tells what is in it.
-        self._state = f"state_{self.options.digest}"
-        empty_state = torch.zeros(2, len(self.options.names), dtype=torch.float64)
-        self.add_state(self._state, [] if per_query else empty_state, dist_reduce_fx="cat" if per_query else "sum")
+        super().__init__(options, per_query, **kwargs)
 
     def update(
         self,
@@ -94,8 +82,8 @@ class RankingMetrics(torchmetrics.Metric):
         query_weight: Tensor | None = None,
     ) -> None:
         """Adds the queries of a batch. The arguments are those of :func:`ranking_metrics`."""
-        check("query_weight", query_weight is None or not self.per_query, "a tensor", "None for per_query=True")
-        per_query = evaluate(
+        self._check_weight(query_weight)
+        found = evaluate(
             self.options,
             preds,
             target,
@@ -106,28 +94,4 @@ class RankingMetrics(torchmetrics.Metric):
             num_relevant=num_relevant,
             unretrieved=unretrieved,
         )
-        state = getattr(self, self._state)
-        if self.per_query:
-            state.append(per_query.marked().t())
-            return
-        weight = None if query_weight is None else check_weight(query_weight, per_query.values)
-        sums, weights = per_query.sums(weight)
-        setattr(self, self._state, torch.stack([state[0] + sums, state[1] + weights]))
-
-    def compute(self) -> dict[str, Tensor]:
-        """The means of all queries so far, or with ``per_query=True`` their values."""
-        state = getattr(self, self._state)
-        if self.per_query:
-            values = torch.cat([*state, self._no_queries()]) if isinstance(state, list) else state
-            return dict(zip(self.options.names, values.unbind(1), strict=True))
-        sums, weights = state
-        return dict(zip(self.options.names, sums / weights, strict=True))
-
-    def _no_queries(self) -> Tensor:
-        return torch.zeros(0, len(self.options.names), dtype=torch.float64, device=self.device)
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """A process without batches takes part in the exchange, too: it sends empty tensors."""
-        if self.per_query and not self._is_synced and not getattr(self, self._state):
-            getattr(self, self._state).append(self._no_queries())
-        super().sync(*args, **kwargs)
+        self._add(found, query_weight)

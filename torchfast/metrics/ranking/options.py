@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchfast._common import REALS, check, check_tensor, readable
 from torchfast.metrics._common import check_choice, check_kind, digest, names_of
-from torchfast.metrics.ranking.reference import (
+from torchfast.metrics.ranking.values import (
     DCG,
     GAINS,
     KINDS,
