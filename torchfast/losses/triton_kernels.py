@@ -65,9 +65,17 @@ def offsets_of(outer, i, c, strides, VEC: tl.constexpr, CLASSES_MINOR: tl.conste
     return outer * so + (i * sr)[:, None] + (c.to(tl.int64) * sc)[None, :]
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "divisor_at"], do_not_specialize_on_alignment=["out", "residuals"])
 def sum_kernel(
-    sums, out, divisor, n, MEAN: tl.constexpr, EMPTY_ZERO: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+    sums,
+    out,
+    residuals,
+    n,
+    divisor_at,
+    MEAN: tl.constexpr,
+    EMPTY_ZERO: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Adds up the programs' losses and weights in a fixed tree; the last level divides them."""
     program = tl.program_id(0)
@@ -79,7 +87,7 @@ def sum_kernel(
         weights += tl.load(sums + n + at, mask=at < n, other=0.0)
     loss, weight = tl.sum(losses, axis=0), tl.sum(weights, axis=0)
     if LAST:
-        tl.store(divisor, weight if MEAN else weight * 0 + 1)
+        tl.store(residuals + divisor_at, weight if MEAN else weight * 0 + 1)
         if MEAN:
             loss = loss / weight
             if EMPTY_ZERO:
