@@ -57,23 +57,32 @@ def rows_of(block, inner, M: tl.constexpr, VEC: tl.constexpr, CLASSES_MINOR: tl.
 
 
 @triton.jit
+def strides_of(odd, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
+    """Puts strides together from what ``odd`` made of them. VEC > 0: the minor one is 1."""
+    so, sr, sc = odd
+    so = in_vectors(so // 2 - 1, VEC, True)
+    sr = 1 if VEC and not CLASSES_MINOR else in_vectors(sr // 2 - 1, VEC, CLASSES_MINOR)
+    sc = 1 if VEC and CLASSES_MINOR else in_vectors(sc // 2 - 1, VEC, not CLASSES_MINOR)
+    return so, sr, sc
+
+
+@triton.jit
 def offsets_of(outer, i, c, strides, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
-    so, sr, sc = strides
-    so = in_vectors(so, VEC, True)
-    sr = in_vectors(sr, VEC, CLASSES_MINOR)
-    sc = in_vectors(sc, VEC, not CLASSES_MINOR)
+    so, sr, sc = strides_of(strides, VEC, CLASSES_MINOR)
     return outer * so + (i * sr)[:, None] + (c.to(tl.int64) * sc)[None, :]
 
 
-@triton.jit(do_not_specialize=["n", "divisor_at"], do_not_specialize_on_alignment=["out", "residuals"])
+@triton.jit(
+    do_not_specialize=["n", "divisor_at", "mean", "empty_zero"], do_not_specialize_on_alignment=["out", "residuals"]
+)
 def sum_kernel(
     sums,
     out,
     residuals,
     n,
     divisor_at,
-    MEAN: tl.constexpr,
-    EMPTY_ZERO: tl.constexpr,
+    mean,
+    empty_zero,
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -87,12 +96,9 @@ def sum_kernel(
         weights += tl.load(sums + n + at, mask=at < n, other=0.0)
     loss, weight = tl.sum(losses, axis=0), tl.sum(weights, axis=0)
     if LAST:
-        tl.store(residuals + divisor_at, weight if MEAN else weight * 0 + 1)
-        if MEAN:
-            loss = loss / weight
-            if EMPTY_ZERO:
-                loss = tl.where(weight == 0, 0.0, loss)
-        tl.store(out, loss)
+        divisor = tl.where(mean != 0, weight, 1.0)
+        tl.store(residuals + divisor_at, divisor)
+        tl.store(out, tl.where((divisor == 0) & (empty_zero != 0), 0.0, loss / divisor))
     else:
         tl.store(out + program, loss)
         tl.store(out + tl.num_programs(0) + program, weight)

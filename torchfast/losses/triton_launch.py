@@ -85,6 +85,10 @@ class Launch:
             self.compiled = launched
 
 
+#: Rows that fill every tile.
+MANY = 2**20
+
+
 class Tile(NamedTuple):
     M: int
     BLOCK: int
@@ -139,6 +143,12 @@ def parts_of(x: float, dtype: torch.dtype) -> tuple[float, ...]:
     return first, second, x - first - second
 
 
+def odd(strides: Sequence[int]) -> tuple[int, ...]:
+    """Makes strides what Triton compiles one kernel for: of a tuple it specialises each number that is 1 or divisible
+    by 16. What a kernel has to know of strides, VEC says."""
+    return tuple(2 * stride + 3 for stride in strides)
+
+
 def kernel_options(
     ignore_index: int, numbers: dict[str, float], constants: dict[str, int], dtype: torch.dtype
 ) -> tuple[Any, ...]:
@@ -155,8 +165,8 @@ def _named(names: tuple[str, ...]) -> Any:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
-    return contextlib.nullcontext() if module is None else module.device(device)
+    kind = device.type
+    return getattr(torch, kind).device(device) if kind in ("cuda", "xpu") else contextlib.nullcontext()
 
 
 def sum_launches(n: int, at: int, *, mean: bool, empty_zero: bool) -> list[Launch]:
@@ -166,8 +176,8 @@ def sum_launches(n: int, at: int, *, mean: bool, empty_zero: bool) -> list[Launc
     launches: list[Launch] = []
     while not launches or n > 1:
         programs = max(1, -(-n // (8 * block)))
-        constants = {"MEAN": mean, "EMPTY_ZERO": empty_zero, "LAST": programs == 1, "BLOCK": block}
-        launches.append(Launch(sum_kernel, programs, (n, at), constants, 4))
+        constants = {"LAST": programs == 1, "BLOCK": block}
+        launches.append(Launch(sum_kernel, programs, (n, at, int(mean), int(empty_zero)), constants, 4))
         n = programs
     return launches
 

@@ -25,6 +25,7 @@ from torchfast.losses.cross_entropy.triton_kernels import (
     forward_kernel,
 )
 from torchfast.losses.triton_launch import (
+    MANY,
     Dimension,
     Launch,
     Tile,
@@ -32,6 +33,7 @@ from torchfast.losses.triton_launch import (
     kept,
     kernel_options,
     merged,
+    odd,
     on_device,
     power_of_2,
     processors_of,
@@ -168,17 +170,18 @@ class Call:
         self.processors = processors_of(logits.device)
         (self.outer, outer_strides), (self.inner, inner_strides) = dimensions
         class_strides = [t.stride(dim) for t in tensors]
-        self.strides = list(zip(outer_strides, inner_strides, class_strides, strict=True))
+        strides = list(zip(outer_strides, inner_strides, class_strides, strict=True))
+        self.strides = [odd(of) for of in strides]
 
         row, cls = inner_strides[0], class_strides[0]
         self.classes_minor = self.inner == 1 or not 0 < row < cls
-        minor = [c if self.classes_minor else r for _, r, c in self.strides]
-        major = [s for o, r, c in self.strides for s in (o, r if self.classes_minor else c)]
+        minor = [c if self.classes_minor else r for _, r, c in strides]
+        major = [s for o, r, c in strides for s in (o, r if self.classes_minor else c)]
         length = classes if self.classes_minor else self.inner
         vec = 16 // logits.element_size()
         aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
-        aligned = aligned and all(s == 1 for s in minor) and all(n % vec == 0 for n in (*major, length))
-        self.vec = vec if aligned else 1
+        aligned = aligned and all(n % vec == 0 for n in (*major, length))
+        self.vec = 0 if any(s != 1 for s in minor) else vec if aligned else 1
 
         self.wa_stride = 0 if wa is None else wa.stride(0)
         keep, uniform = 1.0 - options.label_smoothing, options.label_smoothing / classes
@@ -207,7 +210,9 @@ class Call:
         self.flags = {"VEC": self.vec, "CLASSES_MINOR": self.classes_minor}
         many_temporaries = options.softcap != 0 or (self.dense and self.focal)
         itemsize = logits.element_size()
-        self.shape = Shape(classes, self.inner, self.classes_minor, itemsize, self.vec, many_temporaries)
+        # Few rows share a kernel with many, where they fill but one program.
+        inner = MANY if self.outer == 1 and self.classes_minor else self.inner
+        self.shape = Shape(classes, inner, self.classes_minor, itemsize, self.vec, many_temporaries)
 
     def row_blocks(self, rows: int) -> int:
         """Programs of so many rows each."""
@@ -242,12 +247,18 @@ def forward_plan(
     row_blocks = call.row_blocks(tile.M)
     splits = splits_of(row_blocks, blocks, call.processors) if call.rows else 1
     # Split rows are finished a few at a time, with the results of all their splits.
-    last = tile if splits == 1 else tile_of(min(tile.M, max(1, 512 // power_of_2(splits))), tile.BLOCK, 128)
+    together = max(64, power_of_2(splits)) if splits > 1 else 1
+    last = tile if splits == 1 else tile_of(min(tile.M, max(1, 512 // together)), tile.BLOCK, 128)
     programs = call.row_blocks(last.M)
 
     def launch(stage: tl.constexpr, tile: Tile, programs: int) -> Launch:
         arguments = (call.rows, call.inner, call.classes, splits, *call.strides[:2], call.wa_stride, call.options)
-        of_tile = {"M": tile.M, "BLOCK": tile.BLOCK, "SPLITS": power_of_2(splits), "ONE_BLOCK": blocks == 1}
+        of_tile = {
+            "M": tile.M,
+            "BLOCK": tile.BLOCK,
+            "SPLITS": 1 if stage is SCAN else together,
+            "ONE_BLOCK": blocks == 1,
+        }
         constants = {**call.flags, "REDUCE": reduce, "STAGE": stage.value, **of_tile}
         return Launch(forward_kernel, programs, arguments, constants, tile.warps)
 

@@ -25,6 +25,7 @@ from torchfast.losses.sigmoid_focal_loss.triton_kernels import (
     forward_kernel,
 )
 from torchfast.losses.triton_launch import (
+    MANY,
     Dimension,
     Launch,
     Tile,
@@ -32,6 +33,7 @@ from torchfast.losses.triton_launch import (
     kept,
     kernel_options,
     merged,
+    odd,
     on_device,
     power_of_2,
     sum_launches,
@@ -119,10 +121,10 @@ def launch_of(
 
     vec = 16 // logits.element_size()
     present = [(t, of) for t, of in zip(tensors, strides, strict=False) if t is not None]
-    aligned = columns % vec == 0 and strides[0][2] == 1 and all(of[2] in (0, 1) for _, of in present)
+    aligned, unit = columns % vec == 0, strides[0][2] == 1 and all(of[2] in (0, 1) for _, of in present)
     whole = [(t, of) for t, of in present if of[2]]
     aligned = aligned and all(t.data_ptr() % 16 == 0 and of[0] % vec == of[1] % vec == 0 for t, of in whole)
-    vec = vec if aligned else 1
+    vec = 0 if not unit else vec if aligned else 1
     # What no element can equal is told apart from what an element would be rounded to.
     wide = read[0] is not None and read[0].dtype in (torch.int32, torch.int64)
     ignore_index = options.ignore_index if wide or abs(options.ignore_index) < 2**15 else -(2**31)
@@ -146,7 +148,8 @@ def launch_of(
         },
         accumulate_dtype(logits),
     )
-    m, block, warps = tile(inner, columns, logits.element_size(), vec)
+    # Few rows or columns share a kernel with many, where they fill but one program.
+    m, block, warps = tile(inner if outer > 1 else MANY, columns if inner > 1 else MANY, logits.element_size(), vec)
     constants = {
         "KIND": kind,
         "CLASS_AXIS": axis,
@@ -158,7 +161,9 @@ def launch_of(
     }
     programs = outer * -(-inner // m) * -(-columns // block)
     classes = logits.shape[-1] if logits.dim() else 1
-    return Launch(kernel, programs, (tuple(strides[:7]), inner, columns, classes, choices), constants, warps)
+    return Launch(
+        kernel, programs, (tuple(odd(of) for of in strides[:7]), inner, columns, classes, choices), constants, warps
+    )
 
 
 class ForwardPlan(NamedTuple):
