@@ -116,27 +116,24 @@ def report(folder: str) -> None:
     show("cross entropy of few rows", lambda x: torchfast.cross_entropy(x, few), rows)
     show("smoothed focal loss", lambda x: torchfast.focal_loss(x, ids, label_smoothing=0.1), x)
     show("sigmoid focal loss", lambda x: torchfast.sigmoid_focal_loss(x, hard, reduction="mean"), small)
-    launcher_alone(torch)
-
-
-def launcher_alone(torch: Any) -> None:
-    """Shows what a launcher takes, without the public function, dispatcher and autograd."""
-    for name, others in (
-        ("cross_entropy", (0.0, 0.0, 0.0, 0.0, 1.0)),
-        ("sigmoid_focal_loss", (0.25, 2.0, 2.0, 0.0, 0.0)),
+    for name, target, numbers in (
+        ("cross_entropy", ids % 80, (0.0, 0.0, 0.0, 0.0, 1.0)),
+        ("sigmoid_focal_loss", hard, (0.25, 2.0, 2.0, 0.0, 0.0)),
     ):
-        launch = importlib.import_module(f"torchfast.losses.{name}.triton_launch")
-        options = launch.Options(-100, 1, *others, *[False] * (len(launch.Options.__match_args__) - 7))
-        x = torch.randn(16, 80)
-        target = torch.randint(80, (16,)) if name == "cross_entropy" else torch.rand(16, 80).round()
-        inputs = (x, target, None, None, None, options)
-        loss, residuals = getattr(launch, name)(*inputs)
-        backward = getattr(launch, f"{name}_backward")
-        forward, gradient = (
-            shortest(lambda: getattr(launch, name)(*inputs)),
-            shortest(lambda: backward(loss, *inputs, residuals)),
-        )
-        print(f"    launchers of {name}: forward {forward:.0f}, backward {gradient:.0f} us", flush=True)
+        forward, backward = map(shortest, launchers(name, target, numbers))
+        print(f"    {name}, the launchers alone: forward {forward:.0f}, backward {backward:.0f} us", flush=True)
+
+
+def launchers(name: str, target: Any, numbers: tuple[float, ...]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Gives calls of the launchers alone, without the public function, the dispatcher and autograd."""
+    import torch
+
+    module = importlib.import_module(f"torchfast.losses.{name}.triton_launch")
+    flags = [False] * (len(module.Options.__match_args__) - 2 - len(numbers))
+    inputs = (torch.randn(16, 80), target, None, None, None, module.Options(-100, 1, *numbers, *flags))
+    forward, backward = getattr(module, name), getattr(module, f"{name}_backward")
+    loss, residuals = forward(*inputs)
+    return lambda: forward(*inputs), lambda: backward(loss, *inputs, residuals)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,9 @@ def launch_of(
         },
         accumulate_dtype(logits),
     )
-    # Few rows or columns share a kernel with many, where they fill but one program.
-    m, block, warps = tile(inner if outer > 1 else MANY, columns if inner > 1 else MANY, logits.element_size(), vec)
+    # Few rows, or columns of one row, share a kernel with many, where they fill but one program.
+    rows, long = inner if outer > 1 else MANY, inner == 1 and kind != INDEX.value
+    m, block, warps = tile(rows, MANY if long else columns, logits.element_size(), vec)
     constants = {
         "KIND": kind,
         "CLASS_AXIS": axis,
