@@ -15,6 +15,7 @@ import ctypes
 import gc
 import importlib
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -137,5 +138,7 @@ def launchers(name: str, target: Any, numbers: tuple[float, ...]) -> tuple[Calla
 
 
 if __name__ == "__main__":
+    if not shutil.which("cc"):
+        raise SystemExit("the host's time needs a C compiler (cc), as Triton itself does")
     with tempfile.TemporaryDirectory() as folder:
         report(folder)

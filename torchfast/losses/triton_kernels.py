@@ -57,18 +57,11 @@ def rows_of(block, inner, M: tl.constexpr, VEC: tl.constexpr, CLASSES_MINOR: tl.
 
 
 @triton.jit
-def strides_of(odd, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
-    """Puts strides together from what ``odd`` made of them. VEC > 0: the minor one is 1."""
-    so, sr, sc = odd
-    so = in_vectors(so // 2 - 1, VEC, True)
-    sr = 1 if VEC and not CLASSES_MINOR else in_vectors(sr // 2 - 1, VEC, CLASSES_MINOR)
-    sc = 1 if VEC and CLASSES_MINOR else in_vectors(sc // 2 - 1, VEC, not CLASSES_MINOR)
-    return so, sr, sc
-
-
-@triton.jit
 def offsets_of(outer, i, c, strides, VEC: tl.constexpr, CLASSES_MINOR: tl.constexpr):
-    so, sr, sc = strides_of(strides, VEC, CLASSES_MINOR)
+    so, sr, sc = strides
+    so = in_vectors(so, VEC, True)
+    sr = in_vectors(sr, VEC, CLASSES_MINOR)
+    sc = in_vectors(sc, VEC, not CLASSES_MINOR)
     return outer * so + (i * sr)[:, None] + (c.to(tl.int64) * sc)[None, :]
 
 

@@ -143,12 +143,6 @@ def parts_of(x: float, dtype: torch.dtype) -> tuple[float, ...]:
     return first, second, x - first - second
 
 
-def odd(strides: Sequence[int]) -> tuple[int, ...]:
-    """Makes strides what Triton compiles one kernel for: of a tuple it specialises each number that is 1 or divisible
-    by 16. What a kernel has to know of strides, VEC says."""
-    return tuple(2 * stride + 3 for stride in strides)
-
-
 def kernel_options(
     ignore_index: int, numbers: dict[str, float], constants: dict[str, int], dtype: torch.dtype
 ) -> tuple[Any, ...]:

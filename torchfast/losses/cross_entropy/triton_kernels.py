@@ -2,7 +2,7 @@
 
 A program owns a tile of M rows x BLOCK classes. The axis of the tile with stride 1 (classes of (N, C)
 and channels_last, positions of (N, C, H, W)) is accessed in vectors of 16 bytes where alignment and
-length allow (VEC elements; 1 where that stride is 1 alone, 0 where it is not).
+length allow (VEC elements).
 
 - Forward reads the logits once. Two halves of a block are paired, element by element, and each pair is
   merged into its lane's (m, rest): the maximum so far, and sum exp(z - m) without the largest term. One
@@ -33,7 +33,7 @@ from torchfast.losses.cross_entropy.triton_formula import (
     psi_of,
     row_target,
 )
-from torchfast.losses.triton_kernels import in_vectors, log1p, number, offsets_of, rows_of, strides_of
+from torchfast.losses.triton_kernels import in_vectors, log1p, number, offsets_of, rows_of
 
 # ---- Forward ----------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ def forward_kernel(
                 u = tl.zeros([M], ACC) + number(choices.keep, ACC)
                 if wa is not None:
                     u = u * tl.load(wa + t * wa_stride, mask=live, other=0.0).to(ACC)
-                x_outer, x_row, x_class = strides_of(x_strides, VEC, CLASSES_MINOR)
+                x_outer, x_row, x_class = x_strides
                 at_own = outer * x_outer + i * x_row + t.to(tl.int64) * x_class
                 z = load_z(logits, at_own, live, choices, ACC)
                 d = z - m

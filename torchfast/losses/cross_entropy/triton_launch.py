@@ -33,7 +33,6 @@ from torchfast.losses.triton_launch import (
     kept,
     kernel_options,
     merged,
-    odd,
     on_device,
     power_of_2,
     processors_of,
@@ -170,18 +169,17 @@ class Call:
         self.processors = processors_of(logits.device)
         (self.outer, outer_strides), (self.inner, inner_strides) = dimensions
         class_strides = [t.stride(dim) for t in tensors]
-        strides = list(zip(outer_strides, inner_strides, class_strides, strict=True))
-        self.strides = [odd(of) for of in strides]
+        self.strides = list(zip(outer_strides, inner_strides, class_strides, strict=True))
 
         row, cls = inner_strides[0], class_strides[0]
         self.classes_minor = self.inner == 1 or not 0 < row < cls
-        minor = [c if self.classes_minor else r for _, r, c in strides]
-        major = [s for o, r, c in strides for s in (o, r if self.classes_minor else c)]
+        minor = [c if self.classes_minor else r for _, r, c in self.strides]
+        major = [s for o, r, c in self.strides for s in (o, r if self.classes_minor else c)]
         length = classes if self.classes_minor else self.inner
         vec = 16 // logits.element_size()
         aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
-        aligned = aligned and all(n % vec == 0 for n in (*major, length))
-        self.vec = 0 if any(s != 1 for s in minor) else vec if aligned else 1
+        aligned = aligned and all(s == 1 for s in minor) and all(n % vec == 0 for n in (*major, length))
+        self.vec = vec if aligned else 1
 
         self.wa_stride = 0 if wa is None else wa.stride(0)
         keep, uniform = 1.0 - options.label_smoothing, options.label_smoothing / classes

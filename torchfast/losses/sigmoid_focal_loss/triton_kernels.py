@@ -15,7 +15,7 @@ Nothing is added up atomically. Tiles are chosen, and the kernels launched, in t
 import triton
 import triton.language as tl
 
-from torchfast.losses.triton_kernels import exp, in_vectors, log1p, number, offsets_of, rows_of, strides_of
+from torchfast.losses.triton_kernels import exp, in_vectors, log1p, number, offsets_of, rows_of
 
 #: Kinds of targets.
 SOFT, BOOL, INTEGER, INDEX = (tl.constexpr(kind) for kind in range(4))
@@ -26,7 +26,7 @@ def _load(tensor, strides, place, end, VEC: tl.constexpr, BY_ROW: tl.constexpr):
     """Loads a tile, or one column of a tensor that is the same for all columns."""
     outer, i, c, in_range = place
     if BY_ROW:
-        so, sr, _ = strides_of(strides, 0, True)
+        so, sr, _ = strides
         return tl.load(tensor + (outer * so + i * sr)[:, None], mask=in_range[:, None], other=0)
     else:
         mask = in_range[:, None] & (c < end)[None, :]

@@ -33,7 +33,6 @@ from torchfast.losses.triton_launch import (
     kept,
     kernel_options,
     merged,
-    odd,
     on_device,
     power_of_2,
     sum_launches,
@@ -121,10 +120,10 @@ def launch_of(
 
     vec = 16 // logits.element_size()
     present = [(t, of) for t, of in zip(tensors, strides, strict=False) if t is not None]
-    aligned, unit = columns % vec == 0, strides[0][2] == 1 and all(of[2] in (0, 1) for _, of in present)
+    aligned = columns % vec == 0 and strides[0][2] == 1 and all(of[2] in (0, 1) for _, of in present)
     whole = [(t, of) for t, of in present if of[2]]
     aligned = aligned and all(t.data_ptr() % 16 == 0 and of[0] % vec == of[1] % vec == 0 for t, of in whole)
-    vec = 0 if not unit else vec if aligned else 1
+    vec = vec if aligned else 1
     # What no element can equal is told apart from what an element would be rounded to.
     wide = read[0] is not None and read[0].dtype in (torch.int32, torch.int64)
     ignore_index = options.ignore_index if wide or abs(options.ignore_index) < 2**15 else -(2**31)
@@ -162,9 +161,7 @@ def launch_of(
     }
     programs = outer * -(-inner // m) * -(-columns // block)
     classes = logits.shape[-1] if logits.dim() else 1
-    return Launch(
-        kernel, programs, (tuple(odd(of) for of in strides[:7]), inner, columns, classes, choices), constants, warps
-    )
+    return Launch(kernel, programs, (tuple(strides[:7]), inner, columns, classes, choices), constants, warps)
 
 
 class ForwardPlan(NamedTuple):
