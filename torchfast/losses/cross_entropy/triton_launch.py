@@ -129,10 +129,9 @@ def readable(
     if alpha is not None and alpha.numel() == 1:
         alpha = alpha.reshape(1).expand(classes)
     either = weight if alpha is None else alpha
+    wa = None if either is None else widened(either, acc)
     if weight is not None and alpha is not None:
         wa = weight.to(acc) * alpha.to(acc)
-    else:
-        wa = None if either is None else widened(either, acc)
     weight = None if weight is None else widened(weight, acc).contiguous()
     return target, weight, wa, None if sample_weight is None else widened(sample_weight, acc).contiguous()
 
