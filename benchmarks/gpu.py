@@ -39,6 +39,7 @@ from torchfast._options import as_object
 from torchfast._register import registry
 from torchfast.losses.cross_entropy import triton_launch
 from torchfast.losses.sigmoid_focal_loss import triton_launch as sigmoid_launch
+from torchfast.losses.triton_launch import forget_plans
 
 try:
     from rich.console import Console
@@ -366,12 +367,14 @@ def autotune(chosen: list[Case], args: argparse.Namespace, machine: Gpu, set_up:
 def best_tile(
     name: str, what: str, case: Case, inputs: list[Inputs], truth: Truth, machine: Gpu, milliseconds: float
 ) -> str:
+    forget_plans()  # of the last case's tiles
     step = case.contenders["torchfast"]
     run = rotating(step if what == "fwd" else with_gradient(step), inputs)
     limits = [2 * error + TOLERANCE[case.dtype] for error in truth.errors(*with_gradient(step)(*inputs[0]))]
 
     def median(tile: Any) -> float:
         with mock.patch.object(triton_launch, name, lambda *_: tile):
+            forget_plans()
             errors = truth.errors(*with_gradient(step)(*inputs[0]))
             if not all(e <= limit for e, limit in zip(errors, limits, strict=True)):
                 raise ValueError(f"wrong: errors {errors[0]:.1e}, {errors[1]:.1e}")
@@ -393,6 +396,7 @@ def best_tile(
 def launchers_tile(name: str, step: Step, inputs: Inputs) -> Any:
     seen: list[Any] = []
     choose = getattr(triton_launch, name)
+    forget_plans()
     with mock.patch.object(triton_launch, name, lambda *sizes: seen.append(choose(*sizes)) or seen[-1]):
         with_gradient(step)(*inputs)
     return seen[0]

@@ -6,7 +6,7 @@
     python benchmarks/run.py --only linear   with the head of a language model, half an hour more
     python benchmarks/run.py --kept-memory   the same with memory that malloc keeps, as a user could have it
     python benchmarks/run.py --device cuda   the GPU's cases, about half an hour; see gpu.py
-    python benchmarks/run.py --dry-run       the same without a GPU: launches, bytes, floors; no clock
+    python benchmarks/run.py --dry-run       the same without a GPU: launches, bytes, floors; no clock but the host's
 
 How: every contender's loss and gradient are compared with an fp64 truth before it is timed; the
 contenders take turns (A B C A B C ...), so that a noisy neighbour slows all of them; the figure is
@@ -446,7 +446,9 @@ def main() -> None:
     with gpu.machine(args) as machine:
         if args.autotune:
             return gpu.autotune(chosen, args, machine, set_up)
-        return run(chosen, args, machine, gpu.report)
+        run(chosen, args, machine, gpu.report)
+    if args.dry_run and not args.only:
+        subprocess.run([sys.executable, str(HERE / "host.py")], check=True)
 
 
 def run(chosen: list[Case], args: argparse.Namespace, machine: Cpu | Gpu, show: Any) -> None:

@@ -173,10 +173,12 @@ def record(target: str, function: Any) -> list[tuple[Any, dict[str, Any], tuple[
         triton.runtime.JITFunction.run = compile_only
         for jit in jits:
             jit.device_caches.clear()  # Triton caches by device, and every target is device 0
+        shared.forget_plans()  # so do plans, and with them the kernels
         function()
     finally:
         triton.runtime.JITFunction.run = run
         driver._active, shared.WARP = before, warp
+        shared.forget_plans()
     return launches
 
 

@@ -89,7 +89,7 @@ def test_everything_is_touched_once_and_nothing_else(shape, layout, kind, weight
     if kind == "class ids" and shape[-1] > 1 and layout is LAYOUTS["contiguous"]:  # once a row of a block of columns
         assert forward.reads["target"].max() <= -(-shape[-1] // 2048)
     if "reduction" in options:
-        assert (sums[-1].writes["out"] == 1).all() and (sums[-1].writes["divisor"] == 1).all()
+        assert (sums[-1].writes["out"] == 1).all() and (sums[-1].writes["residuals"] == 1).all()
     else:
         assert not sums and (forward.writes["divisor"] == 1).all()
 

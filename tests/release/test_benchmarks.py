@@ -47,11 +47,16 @@ def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launches(csv: Path) -> dict[str, list[str]]:
+def dry_run(csv: Path) -> list[str]:
+    return lines("--device", "cuda", "--dry-run", "--csv", str(csv))
+
+
+@pytest.fixture(scope="module")
+def launches(dry_run: list[str]) -> dict[str, list[str]]:
     """What the dry run prints of each case: what it moves, and each launch."""
     printed: dict[str, list[str]] = {}
     of_case: list[str] = []
-    for line in lines("--device", "cuda", "--dry-run", "--csv", str(csv)):
+    for line in dry_run:
         if found := re.match(r"\d+/\d+ (.*): (moves .*)", line):
             of_case = printed[found[1]] = [found[2]]
         elif line.startswith("Medians"):  # of the table at the end
@@ -137,9 +142,26 @@ def test_a_dry_run_shows_the_launches_of_forward_and_backward(launches):
             continue
         names = [launch.partition(":")[0] for launch in found]
         assert names[0] == "forward_kernel" and names[-1] == "backward_kernel" and "sum_kernel" in names, label
-        assert all(re.search(r": grid [1-9]\d*, tile \d+ x \d+, \d+ warps, ", launch) for launch in found), label
+        assert all(re.search(r": grid [1-9]\d*, tile \d+ x \d+, \d+ warps", launch) for launch in found), label
     split = [launch for launch in launches["few rows/CE/8x128256/bf16"] if launch.startswith("forward_kernel")]
     assert len(split) == 2  # long rows are split over programs, and then added up
+
+
+@needs_triton
+def test_a_dry_run_ends_with_the_hosts_time(dry_run):
+    """Nothing is said of how long it takes: that Triton's own launcher ran, what it launched, and what it compiled."""
+    figures = (
+        r"    (.*): forward \d+, loss and gradient \d+ us, (\d) launches; first step .* s, (\d) kernels; unit \d+ us"
+    )
+    found = [step for step in (re.fullmatch(figures, line) for line in dry_run) if step]
+    assert [(int(step[2]), int(step[3])) for step in found] == [
+        (0, 0),
+        (3, 3),
+        (4, 3),
+        (3, 2),
+        (3, 2),
+    ]  # the sum's is one
+    assert len([line for line in dry_run if "the launchers alone" in line]) == 2
 
 
 @needs_triton

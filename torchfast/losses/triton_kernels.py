@@ -65,9 +65,19 @@ def offsets_of(outer, i, c, strides, VEC: tl.constexpr, CLASSES_MINOR: tl.conste
     return outer * so + (i * sr)[:, None] + (c.to(tl.int64) * sc)[None, :]
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(
+    do_not_specialize=["n", "divisor_at", "mean", "empty_zero"], do_not_specialize_on_alignment=["out", "residuals"]
+)
 def sum_kernel(
-    sums, out, divisor, n, MEAN: tl.constexpr, EMPTY_ZERO: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+    sums,
+    out,
+    residuals,
+    n,
+    divisor_at,
+    mean,
+    empty_zero,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Adds up the programs' losses and weights in a fixed tree; the last level divides them."""
     program = tl.program_id(0)
@@ -79,12 +89,9 @@ def sum_kernel(
         weights += tl.load(sums + n + at, mask=at < n, other=0.0)
     loss, weight = tl.sum(losses, axis=0), tl.sum(weights, axis=0)
     if LAST:
-        tl.store(divisor, weight if MEAN else weight * 0 + 1)
-        if MEAN:
-            loss = loss / weight
-            if EMPTY_ZERO:
-                loss = tl.where(weight == 0, 0.0, loss)
-        tl.store(out, loss)
+        divisor = tl.where(mean != 0, weight, 1.0)
+        tl.store(residuals + divisor_at, divisor)
+        tl.store(out, tl.where((divisor == 0) & (empty_zero != 0), 0.0, loss / divisor))
     else:
         tl.store(out + program, loss)
         tl.store(out + tl.num_programs(0) + program, weight)

@@ -56,11 +56,13 @@ def _step(
 ):
     """A block of classes in two halves: (m, rest) of each pair. Where sum u log p needs no p, also the sums of u
     and u (z - shift), of which it is made; the first half's maximum becomes the shift, about m, which keeps the digits.
-    An index target's u are in units of `uniform`: one rounding at the end instead of one in each term."""
+    An index target's u are in units of `uniform`: one rounding at the end instead of one in each term. Without class
+    weights they are 1, and their sum is known."""
     FAST: tl.constexpr = tensors[0].dtype.element_ty.primitive_bitwidth == 16
     logits, target, wa = tensors
     outer, i, read, classes_end = place
     LINEAR: tl.constexpr = options.DENSE and options.FOCAL == 0
+    WEIGHTED: tl.constexpr = options.PROB or wa is not None
     unit = number(options.uniform, ACC) if options.PROB else tl.full([], 1.0, ACC)
     c = start + tl.arange(0, BLOCK // 2)
     for half in tl.static_range(2):
@@ -68,15 +70,17 @@ def _step(
         mask = read[:, None] & (c_half < classes_end)[None, :]
         offsets = offsets_of(outer, i, c_half, x_strides, VEC, CLASSES_MINOR)
         z = load_z(logits, offsets, mask, options, ACC)
+        u, uz = z, z
         if LINEAR:
             if FIRST and half == 0:
                 shift = tl.max(z, axis=1)
                 shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-            y_offsets = offsets_of(outer, i, c_half, y_strides, VEC, CLASSES_MINOR) if options.PROB else 0
-            u = load_u(target, y_offsets, wa, wa_stride, c_half, classes_end, mask, unit, options, ACC)
-            uz = tl.where(u == 0, 0.0, u * (z - shift[:, None]))
-        else:
-            u, uz = z, z
+            if WEIGHTED:
+                y_offsets = offsets_of(outer, i, c_half, y_strides, VEC, CLASSES_MINOR) if options.PROB else 0
+                u = load_u(target, y_offsets, wa, wa_stride, c_half, classes_end, mask, unit, options, ACC)
+                uz = tl.where(u == 0, 0.0, u * (z - shift[:, None]))
+            else:
+                uz = tl.where(mask, z - shift[:, None], 0.0)
         if half == 0:
             z_first, u_sums, uz_sums = z, u, uz
         else:
@@ -90,7 +94,9 @@ def _step(
 WHOLE, SCAN, SUM, FINISH = (tl.constexpr(stage) for stage in range(4))
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "classes", "splits"])
+@triton.jit(
+    do_not_specialize=["rows", "inner", "classes", "splits"], do_not_specialize_on_alignment=["weight", "partials"]
+)
 def forward_kernel(
     logits,
     target,
@@ -120,6 +126,7 @@ def forward_kernel(
     ACC: tl.constexpr = loss.dtype.element_ty
     FAST: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     LINEAR: tl.constexpr = choices.DENSE and choices.FOCAL == 0  # sum u log p needs no p: one pass is enough
+    WEIGHTED: tl.constexpr = choices.PROB or wa is not None
     program = tl.program_id(0)
     block, first, end = program, 0, classes
     split = 0
@@ -170,11 +177,16 @@ def forward_kernel(
                 )
                 m, rest = merge(m, rest, m_b, rest_b, FAST)
                 if LINEAR:
-                    u_sums += u
                     uz_sums += uz
+                    if WEIGHTED:
+                        u_sums += u
         m, rest = merge_lanes(m, rest, FAST)
         if LINEAR:
-            u_sum, uz_sum = tl.sum(u_sums, axis=1), tl.sum(uz_sums, axis=1)
+            uz_sum = tl.sum(uz_sums, axis=1)
+            if WEIGHTED:
+                u_sum = tl.sum(u_sums, axis=1)
+            else:
+                u_sum = tl.zeros([M], ACC) + (end - first).to(ACC)
     else:
         k = tl.arange(0, SPLITS)
         at = partials + k[None, :].to(tl.int64) * rows + row[:, None]

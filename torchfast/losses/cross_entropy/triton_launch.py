@@ -25,14 +25,18 @@ from torchfast.losses.cross_entropy.triton_kernels import (
     forward_kernel,
 )
 from torchfast.losses.triton_launch import (
+    MANY,
     Dimension,
+    Launch,
     Tile,
     add_up,
+    kept,
     kernel_options,
     merged,
     on_device,
     power_of_2,
     processors_of,
+    sum_launches,
     tile_of,
     widened,
 )
@@ -102,49 +106,69 @@ def splits_of(programs: int, blocks: int, processors: int) -> int:
     return -(-blocks // -(-blocks // splits))
 
 
+def readable(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    alpha: Tensor | None,
+    sample_weight: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gives target, weight, weight * alpha and sample_weight as the kernels read them."""
+    acc, classes = accumulate_dtype(logits), logits.shape[class_dim(logits)]
+    if target.is_floating_point():
+        target = widened(target, acc)
+    else:
+        if target.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            target = target.long()
+        target = target.contiguous()
+        if flag("TORCHFAST_CHECK"):
+            wide = target.long()  # 156 as uint8 must not be taken for -100
+            given = wide != options.ignore_index
+            check_range(wide, given & ((wide < 0) | (wide >= classes)), f"0 to {classes - 1}")
+    if alpha is not None and alpha.numel() == 1:
+        alpha = alpha.reshape(1).expand(classes)
+    either = weight if alpha is None else alpha
+    wa = None if either is None else widened(either, acc)
+    if weight is not None and alpha is not None:
+        wa = weight.to(acc) * alpha.to(acc)
+    weight = None if weight is None else widened(weight, acc).contiguous()
+    return target, weight, wa, None if sample_weight is None else widened(sample_weight, acc).contiguous()
+
+
+def large(gradient: Tensor | None, logits: Tensor, target: Tensor) -> list[Tensor]:
+    """Lists logits, probabilities and gradient; what is not there, the logits stand for."""
+    return [logits, target if target.is_floating_point() else logits, logits if gradient is None else gradient]
+
+
+def dimensions_of(tensors: list[Tensor]) -> list[Dimension] | None:
+    """Gives two dimensions of rows, or None if there are more, which do not merge."""
+    first, dim = tensors[0], class_dim(tensors[0])
+    rows = [d for d in range(first.dim()) if d != dim]
+    if not rows:
+        return [(1, (0,) * len(tensors))] * 2
+    return merged([first.shape[d] for d in rows], [tuple(t.stride(d) for t in tensors) for d in rows], 2)
+
+
 class Call:
-    """What forward and backward have in common: the arguments as the kernels want them."""
+    """What the plans of forward and backward have in common: the arguments as the kernels want them."""
 
     def __init__(
         self,
-        gradient: Tensor | None,
-        logits: Tensor,
+        tensors: list[Tensor],
+        dimensions: list[Dimension],
         target: Tensor,
-        weight: Tensor | None,
-        alpha: Tensor | None,
-        sample_weight: Tensor | None,
+        wa: Tensor | None,
         options: Options,
     ) -> None:
-        self.acc = accumulate_dtype(logits)
+        logits = tensors[0]
         dim = class_dim(logits)
         self.classes = classes = logits.shape[dim]
         self.rows = logits.numel() // classes
-        self.prob = target.is_floating_point()
-        self.device = logits.device
-        if not self.prob:
-            if target.dtype in (torch.uint16, torch.uint32, torch.uint64):
-                target = target.long()
-            target = target.contiguous()
-            if flag("TORCHFAST_CHECK"):
-                wide = target.long()  # 156 as uint8 must not be taken for -100
-                given = wide != options.ignore_index
-                check_range(wide, given & ((wide < 0) | (wide >= classes)), f"0 to {classes - 1}")
-        else:
-            target = widened(target, self.acc)
-
-        large = [logits, target if self.prob else logits, logits if gradient is None else gradient]
-        sizes = [size for d, size in enumerate(logits.shape) if d != dim]
-        dimensions = self._layout(large, sizes, dim)
-        if dimensions is None:  # more than two dimensions of rows do not merge
-            large = [t.contiguous() for t in large]
-            dimensions = self._layout(large, sizes, dim)
-        assert dimensions is not None
-        (outer, outer_strides), (self.inner, inner_strides) = dimensions
-        self.outer = outer
-        class_strides = [t.stride(dim) for t in large]
+        self.processors = processors_of(logits.device)
+        (self.outer, outer_strides), (self.inner, inner_strides) = dimensions
+        class_strides = [t.stride(dim) for t in tensors]
         self.strides = list(zip(outer_strides, inner_strides, class_strides, strict=True))
-        self.logits, probabilities, self.gradient = large
-        self.target = probabilities if self.prob else target
 
         row, cls = inner_strides[0], class_strides[0]
         self.classes_minor = self.inner == 1 or not 0 < row < cls
@@ -152,22 +176,14 @@ class Call:
         major = [s for o, r, c in self.strides for s in (o, r if self.classes_minor else c)]
         length = classes if self.classes_minor else self.inner
         vec = 16 // logits.element_size()
-        aligned = all(t.data_ptr() % 16 == 0 for t in large)
+        aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
         aligned = aligned and all(s == 1 for s in minor) and all(n % vec == 0 for n in (*major, length))
         self.vec = vec if aligned else 1
 
-        if alpha is not None and alpha.numel() == 1:
-            alpha = alpha.reshape(1).expand(classes)
-        self.weight = None if weight is None else widened(weight, self.acc).contiguous()
-        if weight is None or alpha is None:
-            either = weight if alpha is None else alpha
-            self.wa = None if either is None else widened(either, self.acc)
-        else:
-            self.wa = weight.to(self.acc) * alpha.to(self.acc)
-        self.wa_stride = 0 if self.wa is None else self.wa.stride(0)
-        self.sample_weight = None if sample_weight is None else widened(sample_weight, self.acc).contiguous()
+        self.wa_stride = 0 if wa is None else wa.stride(0)
         keep, uniform = 1.0 - options.label_smoothing, options.label_smoothing / classes
-        self.dense, self.focal = self.prob or uniform != 0, options.gamma != 0
+        prob = target.is_floating_point()
+        self.dense, self.focal = prob or uniform != 0, options.gamma != 0
         self.options = kernel_options(
             options.ignore_index,
             {
@@ -179,125 +195,150 @@ class Call:
                 "logit_scale": options.logit_scale,
             },
             {
-                "PROB": self.prob,
+                "PROB": prob,
                 "DENSE": self.dense,
                 "FOCAL": 2 if options.gamma == 2 else int(self.focal),
                 "Z": options.z_loss != 0,
                 "CAPPED": options.softcap != 0,
                 "SCALED": options.logit_scale != 1,
             },
-            self.acc,
+            accumulate_dtype(logits),
         )
         self.flags = {"VEC": self.vec, "CLASSES_MINOR": self.classes_minor}
         many_temporaries = options.softcap != 0 or (self.dense and self.focal)
         itemsize = logits.element_size()
-        self.shape = Shape(classes, self.inner, self.classes_minor, itemsize, self.vec, many_temporaries)
+        # Few rows share a kernel with many, where they fill but one program.
+        inner = MANY if self.outer == 1 and self.classes_minor else self.inner
+        self.shape = Shape(classes, inner, self.classes_minor, itemsize, self.vec, many_temporaries)
 
     def row_blocks(self, rows: int) -> int:
         """Programs of so many rows each."""
         return self.outer * -(-self.inner // rows)
 
-    @staticmethod
-    def _layout(large: list[Tensor], sizes: list[int], dim: int) -> list[Dimension] | None:
-        strides = [tuple(t.stride(d) for t in large) for d in range(large[0].dim()) if d != dim]
-        if not strides:
-            return [(1, (0,) * len(large))] * 2
-        return merged(sizes, strides, 2)
+
+class ForwardPlan(NamedTuple):
+    stages: list[Launch]
+    partials: int
+    """So many numbers are kept between the stages."""
+    sums: int
+    """So many numbers are added up to the loss."""
+    totals: list[Launch]
 
 
-def cross_entropy(*inputs: Any) -> tuple[Tensor, Tensor]:
-    call, options = Call(None, *inputs), inputs[-1]
-    loss, residuals = fake(*inputs)
-    reduce = options.reduction != NONE
-    if not call.rows and not reduce:
-        residuals.fill_(1.0)
-        return loss, residuals
+@kept
+def forward_plan(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    wa: Tensor | None,
+    sample_weight: Tensor | None,
+    options: Options,
+) -> ForwardPlan | None:
+    tensors = large(None, logits, target)
+    dimensions = dimensions_of(tensors)
+    if dimensions is None:
+        return None
+    call, reduce = Call(tensors, dimensions, target, wa, options), options.reduction != NONE
     tile = forward_tile(call.shape)
     blocks = -(-call.classes // tile.BLOCK)
     row_blocks = call.row_blocks(tile.M)
-    splits = splits_of(row_blocks, blocks, processors_of(call.device)) if call.rows else 1
+    splits = splits_of(row_blocks, blocks, call.processors) if call.rows else 1
     # Split rows are finished a few at a time, with the results of all their splits.
-    last = tile if splits == 1 else tile_of(min(tile.M, max(1, 512 // power_of_2(splits))), tile.BLOCK, 128)
+    together = max(64, power_of_2(splits)) if splits > 1 else 1
+    last = tile if splits == 1 else tile_of(min(tile.M, max(1, 512 // together)), tile.BLOCK, 128)
     programs = call.row_blocks(last.M)
-    sums = torch.empty(2 * programs, dtype=call.acc, device=call.device) if reduce else loss
 
-    def launch(stage: tl.constexpr, tile: Tile, programs: int, partials: Tensor | None) -> None:
-        forward_kernel[(programs,)](
-            call.logits,
-            call.target,
-            call.weight,
-            call.wa,
-            call.sample_weight,
-            sums,
-            residuals,
-            partials,
-            call.rows,
-            call.inner,
-            call.classes,
-            splits,
-            *call.strides[:2],
-            call.wa_stride,
-            call.options,
-            **call.flags,
-            REDUCE=reduce,
-            STAGE=stage.value,
-            M=tile.M,
-            BLOCK=tile.BLOCK,
-            SPLITS=power_of_2(splits),
-            ONE_BLOCK=blocks == 1,
-            num_warps=tile.warps,
-        )
+    def launch(stage: tl.constexpr, tile: Tile, programs: int) -> Launch:
+        arguments = (call.rows, call.inner, call.classes, splits, *call.strides[:2], call.wa_stride, call.options)
+        of_tile = {
+            "M": tile.M,
+            "BLOCK": tile.BLOCK,
+            "SPLITS": 1 if stage is SCAN else together,
+            "ONE_BLOCK": blocks == 1,
+        }
+        constants = {**call.flags, "REDUCE": reduce, "STAGE": stage.value, **of_tile}
+        return Launch(forward_kernel, programs, arguments, constants, tile.warps)
 
-    with on_device(call.device):
-        if splits > 1:
-            partials = torch.empty(5 * splits * call.rows, dtype=call.acc, device=call.device)
-            launch(SCAN, tile, row_blocks * splits, partials)
-            if call.dense and call.focal:
-                launch(SUM, tile, row_blocks * splits, partials)
-            launch(FINISH, last, programs, partials)
-        elif call.rows:
-            launch(WHOLE, tile, programs, None)
-        if reduce:
-            divisor = residuals[3 * call.rows :]
-            mean = options.reduction == MEAN
-            add_up(sums, programs, loss, divisor, mean=mean, empty_zero=options.empty_zero)
+    if splits > 1:
+        stages = [launch(SCAN, tile, row_blocks * splits)]
+        if call.dense and call.focal:
+            stages.append(launch(SUM, tile, row_blocks * splits))
+        stages.append(launch(FINISH, last, programs))
+    else:
+        stages = [launch(WHOLE, tile, programs)] if call.rows else []
+    partials = 5 * splits * call.rows if splits > 1 else 0
+    mean, empty_zero = options.reduction == MEAN, options.empty_zero
+    totals = sum_launches(programs, 3 * call.rows, mean=mean, empty_zero=empty_zero) if reduce else []
+    return ForwardPlan(stages, partials, 2 * programs, totals)
+
+
+def cross_entropy(logits: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    loss, residuals = fake(logits, *inputs)
+    options: Options = inputs[-1]
+    target, *factors = readable(logits, *inputs)
+    plan = forward_plan(logits, target, *factors, options)
+    if plan is None:
+        logits, target = logits.contiguous(), target.contiguous()
+        plan = forward_plan(logits, target, *factors, options)
+    assert plan is not None
+    if not plan.stages and not plan.totals:
+        residuals.fill_(1.0)
+    with on_device(logits.device):
+        sums = residuals.new_empty(plan.sums) if plan.totals else loss
+        partials = residuals.new_empty(plan.partials) if plan.partials else None
+        for launch in plan.stages:
+            launch(logits, target, *factors, sums, residuals, partials)
+        add_up(plan.totals, sums, loss, residuals)
     return loss, residuals
 
 
-def _backward(grad_loss: Tensor, *inputs: Any, residuals: Tensor, out: Tensor) -> None:
-    if not out.numel():
-        return
-    call = Call(out, *inputs)
+@kept
+def backward_plan(
+    gradient: Tensor,
+    grad_loss: Tensor,
+    residuals: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    wa: Tensor | None,
+    sample_weight: Tensor | None,
+    options: Options,
+) -> Launch | None:
+    tensors = large(gradient, logits, target)
+    dimensions = dimensions_of(tensors)
+    if dimensions is None:
+        return None
+    call = Call(tensors, dimensions, target, wa, options)
     tile = backward_tile(call.shape)
     row_blocks = call.row_blocks(tile.M)
     blocks = -(-call.classes // tile.BLOCK)
-    steps = steps_of(call.classes_minor, row_blocks, blocks, processors_of(call.device))
+    steps = steps_of(call.classes_minor, row_blocks, blocks, call.processors)
+    sizes = (call.rows, call.inner, call.classes, steps, int(any(grad_loss.stride())))
+    return Launch(
+        backward_kernel,
+        row_blocks * -(-blocks // steps),
+        (*sizes, *call.strides, call.wa_stride, call.options),
+        {**call.flags, "M": tile.M, "BLOCK": tile.BLOCK},
+        tile.warps,
+    )
+
+
+def _backward(grad_loss: Tensor, logits: Tensor, *inputs: Any, residuals: Tensor, out: Tensor) -> None:
+    if not out.numel():
+        return
+    options: Options = inputs[-1]
+    target, _, *factors = readable(logits, *inputs)
     if any(grad_loss.stride()):
         grad_loss = grad_loss.contiguous()
-    with on_device(call.device):
-        backward_kernel[(row_blocks * -(-blocks // steps),)](
-            grad_loss,
-            call.logits,
-            call.target,
-            call.wa,
-            call.sample_weight,
-            residuals,
-            call.gradient,
-            call.rows,
-            call.inner,
-            call.classes,
-            steps,
-            int(any(grad_loss.stride())),
-            *call.strides,
-            call.wa_stride,
-            call.options,
-            **call.flags,
-            M=tile.M,
-            BLOCK=tile.BLOCK,
-            num_warps=tile.warps,
-        )
-    if call.gradient is not out:
-        out.copy_(call.gradient)
+    gradient = out
+    launch = backward_plan(gradient, grad_loss, residuals, logits, target, *factors, options)
+    if launch is None:
+        gradient, logits, target = out.contiguous(), logits.contiguous(), target.contiguous()
+        launch = backward_plan(gradient, grad_loss, residuals, logits, target, *factors, options)
+    assert launch is not None
+    with on_device(logits.device):
+        launch(grad_loss, logits, target, *factors, residuals, gradient)
+    if gradient is not out:
+        out.copy_(gradient)
 
 
 def cross_entropy_backward(grad_loss: Tensor, logits: Tensor, *inputs: Any) -> Tensor:

@@ -192,7 +192,7 @@ def _loss_and_slope(z, a, b, hit, options, FAST: tl.constexpr):
     return loss, slope
 
 
-@triton.jit(do_not_specialize=["inner", "columns", "classes"])
+@triton.jit(do_not_specialize=["inner", "columns", "classes"], do_not_specialize_on_alignment=["divisor"])
 def forward_kernel(
     logits,
     target,
@@ -241,7 +241,7 @@ def forward_kernel(
         tl.store(divisor, 1.0, mask=program == 0)
 
 
-@triton.jit(do_not_specialize=["inner", "columns", "classes"])
+@triton.jit(do_not_specialize=["inner", "columns", "classes"], do_not_specialize_on_alignment=["divisor"])
 def backward_kernel(
     grad_loss,
     logits,
