@@ -95,6 +95,16 @@ def test_pykeens_realistic_mrr_is_no_expectation_of_the_reciprocal_rank(device):
     assert retrieval_metrics(queries, items, relevant, "mrr")["mrr"] == 0.75
 
 
+def test_pykeen_does_not_count_candidates_with_infinite_scores(device):
+    """Its number of options is torch.isfinite(all_scores).sum(); here an item with a score of -inf is a candidate."""
+    queries, relevant = torch.ones(1, 1, device=device), torch.tensor([0], device=device)
+    items = torch.tensor([[2.0], [3.0], [1.0], [-math.inf]], device=device)
+    found = retrieval_metrics(queries, items, relevant, "adjusted_mean_rank_index", preset="pykeen", filtered=True)
+    peer = by_pykeen((queries @ items.T).cpu().numpy(), relevant[None].cpu().numpy(), "realistic", [1.0])
+    assert peer["adjusted_mean_rank_index"] == 0  # the second of three
+    assert found["adjusted_mean_rank_index"].item() == pytest.approx(1 / 3)  # the second of four
+
+
 def test_pykeens_values_have_the_shape_of_the_relevant_items(graph):
     queries, items, relevant = graph
     found = retrieval_metrics(queries, items, relevant, ["mean_rank"], preset="pykeen", filtered=True, reduction="none")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchfast._common import INTEGERS, check, check_device, check_tensor, readable
+from torchfast.metrics.ranking.group import group_by_query
 from torchfast.metrics.ranking.inputs import from_jagged
 
 if TYPE_CHECKING:
@@ -158,34 +159,31 @@ def check_ids(name: str, lists: Lists, items: int) -> None:
 
 
 def check_distinct(name: str, lists: Lists, items: int, other_name: str = "", others: Lists | None = None) -> None:
-    """Raises where a query has an id twice, or in both lists. The ids must be checked."""
-    if not readable(lists.ids) or not len(lists.ids):
+    """Raises where a query has an id twice in a list, or in both. The ids must be checked."""
+    if not readable(lists.ids):
         return
     total = lists.offsets if others is None else lists.offsets + others.offsets
     begin = 0
     while begin < lists.queries:  # so many queries at once that sorting takes little memory
         end = int(torch.searchsorted(total, total[begin] + _CHUNK, right=True)) - 1
         end = min(max(end, begin + 1), lists.queries)
-        keys = _sorted_keys(name, lists.part(begin, end), items, begin)
+        keys = _ascending(name, lists.part(begin, end), items, begin)
         if others is not None:
-            _check_apart(
-                name, keys, other_name, _sorted_keys(other_name, others.part(begin, end), items, begin), items, begin
-            )
+            other_keys = _ascending(other_name, others.part(begin, end), items, begin)
+            _check_apart(name, keys, other_name, other_keys, items, begin)
         begin = end
 
 
-def _sorted_keys(name: str, lists: Lists, items: int, first: int) -> Tensor:
-    """A number for each pair of query and id, ascending."""
+def _ascending(name: str, lists: Lists, items: int, first: int) -> Tensor:
+    """A number for each pair of query and id, in order. None may be there twice."""
     keys = lists.query * items + lists.ids
-    steps = keys.diff()
-    if bool((steps > 0).all()):  # as scipy's matrices mostly are
+    if bool((keys.diff() > 0).all()):  # as scipy's matrices mostly are
         return keys
-    keys = keys.sort().values
-    twice = (keys[1:] == keys[:-1]).nonzero()
-    if len(twice):
-        query, item = divmod(int(keys[int(twice[0])]), items)
+    _, offsets, distinct = group_by_query(keys)  # a radix sort
+    if len(distinct) < len(keys):
+        query, item = divmod(int(distinct[int((offsets.diff() > 1).nonzero()[0])]), items)
         raise ValueError(f"{name} must have an item once in a query, got item {item} twice in query {first + query}")
-    return keys
+    return distinct
 
 
 def _check_apart(name: str, keys: Tensor, other_name: str, others: Tensor, items: int, first: int) -> None:

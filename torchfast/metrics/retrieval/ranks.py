@@ -122,7 +122,6 @@ def find_ranks(
     if exclude is not None:
         left_out = lists_of("exclude", exclude, len(queries), queries)
         check_ids("exclude", left_out, shard.total)
-        check_distinct("exclude", left_out, shard.total)
     check_distinct("relevant", wanted, shard.total, "exclude", left_out)
     scorer = Scorer(items, bias, similarity == "cosine", shard)
     counter = Counter(scorer, filtered, stable, not scorer.is_bounded(queries))
