@@ -41,10 +41,16 @@ CONTRACT = (
     *("losses/test_linear_cross_entropy", "metrics/test_classification", "metrics/test_regression"),
     *("metrics/test_classification_module", "test_selftest", "test_dtypes", "test_no_data"),
     *("losses/test_with_gradient", "test_streams"),
+    *("metrics/test_retrieval_ops", "metrics/test_retrieval", "metrics/test_retrieval_forms"),
 )
 NEEDED = {  # tests need these beyond pytest and hypothesis
     "sklearn": ("metrics/test_classification", "metrics/test_regression"),
-    "torchmetrics": ("metrics/test_ranking_module", "metrics/test_classification_module"),
+    "scipy": ("metrics/test_retrieval",),
+    "torchmetrics": (
+        "metrics/test_ranking_module",
+        "metrics/test_classification_module",
+        "metrics/test_retrieval_forms",
+    ),
 }
 LOSSES = "large/(CE/4096x32000|focal/4096x32000/bf16)|sigmoid/focal/16384x4096"
 REHEARSED = {"losses": "CE/8x128256/bf16", "ranking": "ranking/.*/10000x1000", "others": "CE/1000000x10/fp32"}

@@ -155,9 +155,10 @@ def test_lists_of_an_index_give_the_metrics_of_the_whole_catalogue(gain, map_den
         torch.testing.assert_close(found[name], expected[name], **close)
 
 
-def test_places_without_an_item_and_ids_of_any_size(device):
-    retrieved = torch.tensor([[2**40, -1, 7], [-1, -1, -1]], device=device)
-    relevant = torch.tensor([[7, 2**41], [3, -1]], device=device)
+@pytest.mark.parametrize("large", [2**40, 2**63 - 2])
+def test_places_without_an_item_and_ids_of_any_size(large, device):
+    retrieved = torch.tensor([[large, -1, 7], [-1, -1, -1]], device=device)
+    relevant = torch.tensor([[7, large + 1], [3, -1]], device=device)
     found = retrieved_metrics(retrieved, relevant, ["mrr@3", "recall@3", "r_precision"], reduction="none")
     # What is not there takes no place, so that 7 is the second.
     assert {name: value.tolist() for name, value in found.items()} == {
@@ -183,6 +184,7 @@ def test_lists_of_relevant_items_in_any_form(device):
     "retrieved, relevant, metrics, message",
     [
         ([[4, 4]], [[1]], "mrr@2", "retrieved must have an item once in a query, got item 4 twice in query 0"),
+        ([[4, 3], [2**62] * 2], [[1], [1]], "mrr@2", "retrieved must .* item 4611686018427387904 twice in query 1"),
         ([[4, 3]], [[1, 1]], "mrr@2", "relevant must have an item once in a query, got item 1 twice in query 0"),
         (
             [[4, 3]],

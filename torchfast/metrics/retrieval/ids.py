@@ -158,8 +158,16 @@ def check_ids(name: str, lists: Lists, items: int) -> None:
     raise ValueError(f"{name} must be {allowed}, got {int(lists.ids[at])} in query {_query_at(lists, at)}")
 
 
-def check_distinct(name: str, lists: Lists, items: int, other_name: str = "", others: Lists | None = None) -> None:
-    """Raises where a query has an id twice in a list, or in both. The ids must be checked."""
+def check_distinct(
+    name: str,
+    lists: Lists,
+    items: int,
+    other_name: str = "",
+    others: Lists | None = None,
+    names: Tensor | None = None,
+) -> None:
+    """Raises where a query has an id twice in a list, or in both. The ids must be checked. Where they are but the ranks
+    of ``names``, errors say those."""
     if not readable(lists.ids):
         return
     total = lists.offsets if others is None else lists.offsets + others.offsets
@@ -167,14 +175,14 @@ def check_distinct(name: str, lists: Lists, items: int, other_name: str = "", ot
     while begin < lists.queries:  # so many queries at once that sorting takes little memory
         end = int(torch.searchsorted(total, total[begin] + _CHUNK, right=True)) - 1
         end = min(max(end, begin + 1), lists.queries)
-        keys = _ascending(name, lists.part(begin, end), items, begin)
+        keys = _ascending(name, lists.part(begin, end), items, begin, names)
         if others is not None:
             other_keys = _ascending(other_name, others.part(begin, end), items, begin)
             _check_apart(name, keys, other_name, other_keys, items, begin)
         begin = end
 
 
-def _ascending(name: str, lists: Lists, items: int, first: int) -> Tensor:
+def _ascending(name: str, lists: Lists, items: int, first: int, names: Tensor | None = None) -> Tensor:
     """A number for each pair of query and id, in order. None may be there twice."""
     keys = lists.query * items + lists.ids
     if bool((keys.diff() > 0).all()):  # as scipy's matrices mostly are
@@ -182,6 +190,7 @@ def _ascending(name: str, lists: Lists, items: int, first: int) -> Tensor:
     _, offsets, distinct = group_by_query(keys)  # a radix sort
     if len(distinct) < len(keys):
         query, item = divmod(int(distinct[int((offsets.diff() > 1).nonzero()[0])]), items)
+        item = item if names is None else int(names[item])
         raise ValueError(f"{name} must have an item once in a query, got item {item} twice in query {first + query}")
     return distinct
 

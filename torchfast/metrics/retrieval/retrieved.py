@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torchfast.metrics.ranking.options import Options
 from torchfast.metrics.ranking.values import R_PRECISION
 from torchfast.metrics.retrieval import pykeen
 from torchfast.metrics.retrieval.functional import AnyOptions, options_of, relevance_of
-from torchfast.metrics.retrieval.ids import ItemIds, Lists, check_distinct, lists_of
+from torchfast.metrics.retrieval.ids import ItemIds, Lists, check_distinct, has_values, lists_of
 
 
 def evaluate_retrieved(
@@ -33,16 +34,19 @@ def evaluate_retrieved(
     wanted = lists_of("relevant", relevant, n, retrieved)
     listed = lists_of("retrieved", retrieved, n, retrieved)
     target = relevance_of(relevance, wanted, options)
-    most = 1
-    if len(wanted.ids) + len(listed.ids):
-        both = torch.cat([wanted.ids.long(), listed.ids.long()])
-        most = both.max() + 1
-        for name, ids in ("relevant", wanted.ids), ("retrieved", listed.ids):
-            if readable(ids):
-                wrong = ids[ids < 0]
-                check(name, len(wrong) == 0, wrong[:1].tolist(), "item ids >= 0, or -1 for none")
-    check_distinct("relevant", wanted, int(most))
-    check_distinct("retrieved", listed, int(most))
+    for name, ids in ("relevant", wanted.ids), ("retrieved", listed.ids):
+        if readable(ids):
+            wrong = ids[ids < 0]
+            check(name, len(wrong) == 0, wrong[:1].tolist(), "item ids >= 0, or -1 for none")
+    both = torch.cat([wanted.ids.long(), listed.ids.long()])
+    most = int(both.max()) + 1 if len(both) and has_values(both) else 1
+    names = None
+    if most > torch.iinfo(torch.long).max // max(n, 1):  # of ids such as hashes, the ranks serve as well
+        names, both = both.unique(return_inverse=True)
+        wanted, listed = replace(wanted, ids=both[: len(wanted.ids)]), replace(listed, ids=both[len(wanted.ids) :])
+        most = len(names)
+    check_distinct("relevant", wanted, most, names=names)
+    check_distinct("retrieved", listed, most, names=names)
     of_wanted, keys = wanted.query * most + wanted.ids, listed.query * most + listed.ids
     order = of_wanted.argsort()
     at = torch.searchsorted(of_wanted[order], keys)
