@@ -2,8 +2,8 @@
 
 The dispatcher knows numbers and no objects. So the object gives the text of the schema, becomes the arguments
 (``flat``), and is made of them again (``as_object``) for whoever serves the op: a reference, a fake, a launcher.
-Nobody changes one. It is not frozen all the same, because that makes it three times slower to make, and a loss of a
-few rows would feel it.
+Nobody changes one, so that it may be hashed. It is not frozen all the same, because that makes it three times slower to
+make, and a loss of a few rows would feel it.
 """
 
 from __future__ import annotations  # it keeps a field's type as the text that a schema wants

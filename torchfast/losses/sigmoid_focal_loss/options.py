@@ -11,7 +11,7 @@ from torchfast import _options
 from torchfast._common import check, reduction_of
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class Options(_options.Options):
     """The options as the op takes them, in its order."""
 
