@@ -248,24 +248,19 @@ def forward_plan(
     last = tile if splits == 1 else tile_of(min(tile.M, max(1, 512 // together)), tile.BLOCK, 128)
     programs = call.row_blocks(last.M)
 
-    def launch(stage: tl.constexpr, tile: Tile, programs: int) -> Launch:
+    def launch(stage: tl.constexpr, tile: Tile, programs: int, together: int) -> Launch:
         arguments = (call.rows, call.inner, call.classes, splits, *call.strides[:2], call.wa_stride, call.options)
-        of_tile = {
-            "M": tile.M,
-            "BLOCK": tile.BLOCK,
-            "SPLITS": 1 if stage is SCAN else together,
-            "ONE_BLOCK": blocks == 1,
-        }
+        of_tile = {"M": tile.M, "BLOCK": tile.BLOCK, "SPLITS": together, "ONE_BLOCK": blocks == 1}
         constants = {**call.flags, "REDUCE": reduce, "STAGE": stage.value, **of_tile}
         return Launch(forward_kernel, programs, arguments, constants, tile.warps)
 
     if splits > 1:
-        stages = [launch(SCAN, tile, row_blocks * splits)]
-        if call.dense and call.focal:
-            stages.append(launch(SUM, tile, row_blocks * splits))
-        stages.append(launch(FINISH, last, programs))
+        stages = [launch(SCAN, tile, row_blocks * splits, 1)]
+        if call.dense and call.focal:  # a whole tile's rows: more splits than there are would spill
+            stages.append(launch(SUM, tile, row_blocks * splits, power_of_2(splits)))
+        stages.append(launch(FINISH, last, programs, together))
     else:
-        stages = [launch(WHOLE, tile, programs)] if call.rows else []
+        stages = [launch(WHOLE, tile, programs, 1)] if call.rows else []
     partials = 5 * splits * call.rows if splits > 1 else 0
     mean, empty_zero = options.reduction == MEAN, options.empty_zero
     totals = sum_launches(programs, 3 * call.rows, mean=mean, empty_zero=empty_zero) if reduce else []
