@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchfast import _triton
 from torchfast._register import register_metric
 from torchfast.metrics.retrieval import reference
 
-# ---- Registration: csrc/retrieval serves the CPU -----------------------------------------------
+# ---- Registration: csrc/retrieval serves the CPU, Triton GPUs ------------------------------------
 
 
 def _fake_scores(queries: Tensor, items: Tensor, item_bias: Tensor | None, ids: Tensor, *_: Any) -> tuple[Tensor]:
@@ -65,3 +66,5 @@ retrieval_corrections = register_metric(
     reference=reference.corrections,
     fake=_fake_corrections,
 )
+for _op in retrieval_scores, retrieval_counts:
+    _triton.register("torchfast.metrics.retrieval.triton_launch", _op)
