@@ -117,8 +117,9 @@ def counts_kernel(
     begin = tl.maximum(tl.load(offsets + q, mask=q < n, other=0), 0)
     end = tl.minimum(tl.load(offsets + q + 1, mask=q < n, other=0), total)
     longest = tl.max(end - begin)
-    first = (program // blocks).to(tl.int64) * (tiles * ITEMS)
-    for some in range(first, tl.minimum(first + tiles * ITEMS, m), ITEMS):
+    length = tiles.to(tl.int64) * ITEMS
+    first = (program // blocks) * length
+    for some in range(first, tl.minimum(first + length, m), ITEMS):
         item = some + tl.arange(0, ITEMS)
         scores = tile_scores(
             queries, items, bias, q, item, n, m, d, query_strides, item_strides, TYPE, PRECISION, QUERIES, ITEMS, BLOCK
@@ -131,8 +132,9 @@ def counts_kernel(
             score = tl.load(listed + at, mask=at < end, other=0.0)
             missing = score != score
             bound = tl.where(missing, float("inf"), score)[:, None]  # NaN alone is not up to it
-            more = tl.sum((~(scores <= bound)).to(tl.int32), 1) - (ITEMS - there)
-            same = tl.where(missing, more, tl.sum((scores == bound).to(tl.int32), 1))
+            both = tl.sum(tl.where(scores <= bound, tl.where(scores == bound, 65536, 0), 1), 1)
+            more = (both & 65535) - (ITEMS - there)
+            same = tl.where(missing, more, both >> 16)
             more = tl.where(missing, there - more, more)
             tl.atomic_add(larger + at, more.to(tl.int64), mask=(at < end) & (more > 0), sem="relaxed")
             tl.atomic_add(equal + at, same.to(tl.int64), mask=(at < end) & (same > 0), sem="relaxed")

@@ -14,7 +14,8 @@ from torchfast.losses.triton_launch import on_device, processors_of
 from torchfast.metrics.retrieval import reference
 from torchfast.metrics.retrieval.triton_kernels import counts_kernel, scores_kernel
 
-QUERIES, ITEMS, WARPS = 128, 64, 8
+#: Queries, items and warps of a tile: on tensor cores; and of fp32 without them, which takes more registers.
+PRODUCTS, NUMBERS = (128, 64, 8), (64, 64, 8)
 #: Programs of a processor: so many that the last ones keep few processors waiting.
 PROGRAMS = 8
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -25,13 +26,15 @@ def constants_of(queries: Tensor, items: Tensor) -> dict[str, Any]:
     same = queries.dtype == items.dtype
     dtype = queries.dtype if same else torch.float32
     exact = torch.get_float32_matmul_precision() == "highest" or bool(torch.version.hip)
+    tf32 = dtype == torch.float32 and not exact
+    block_q, block_i, warps = NUMBERS if dtype == torch.float32 and exact else PRODUCTS
     return {
         "TYPE": TYPES[dtype],
-        "PRECISION": "ieee" if exact or dtype != torch.float32 else "tf32",
-        "QUERIES": QUERIES,
-        "ITEMS": ITEMS,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "QUERIES": block_q,
+        "ITEMS": block_i,
         "BLOCK": 64 // dtype.itemsize,
-        "num_warps": WARPS,
+        "num_warps": warps,
     }
 
 
@@ -50,14 +53,15 @@ def retrieval_scores(queries: Tensor, items: Tensor, item_bias: Tensor | None, i
     scores = queries.new_full(ids.shape, torch.nan, dtype=torch.float32)
     (n, d), m, total = queries.shape, len(items), len(ids)
     if n and m and total:
-        blocks = triton.cdiv(n, QUERIES)
-        splits = min(splits_of(queries, blocks), triton.cdiv(total, ITEMS))
+        constants = constants_of(queries, items)
+        blocks = triton.cdiv(n, constants["QUERIES"])
+        splits = min(splits_of(queries, blocks), triton.cdiv(total, constants["ITEMS"]))
         bias = None if item_bias is None else item_bias.contiguous()
         with on_device(queries.device):
             scores_kernel[(blocks * splits, 1, 1)](
                 *(queries, items, bias, ids.contiguous(), offsets.contiguous(), scores),
                 *(n, m, d, total, blocks, splits, queries.stride(), items.stride()),
-                **constants_of(queries, items),
+                **constants,
             )
     return scores
 
@@ -70,13 +74,14 @@ def retrieval_counts(
     larger, equal = (torch.zeros(scores.shape, dtype=torch.long, device=scores.device) for _ in range(2))
     (n, d), m, total = queries.shape, len(items), len(scores)
     if n and m and total:
-        blocks, tiles = triton.cdiv(n, QUERIES), triton.cdiv(m, ITEMS)
+        constants = constants_of(queries, items)
+        blocks, tiles = triton.cdiv(n, constants["QUERIES"]), triton.cdiv(m, constants["ITEMS"])
         each = triton.cdiv(tiles, min(splits_of(queries, blocks), tiles))
         bias = None if item_bias is None else item_bias.contiguous()
         with on_device(queries.device):
             counts_kernel[(blocks * triton.cdiv(tiles, each), 1, 1)](
                 *(queries, items, bias, scores.contiguous(), offsets.contiguous(), larger, equal),
                 *(n, m, d, total, blocks, each, queries.stride(), items.stride()),
-                **constants_of(queries, items),
+                **constants,
             )
     return larger, equal
