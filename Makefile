@@ -39,8 +39,8 @@ LOSSES := $(addprefix tests/losses/test_,ops.py with_gradient.py cross_entropy.p
 METRICS := $(addprefix tests/metrics/test_,metric_ops.py ranking.py retrieval_ops.py retrieval.py retrieval_forms.py \
 	classification.py regression.py)
 TRITON := tests/losses/test_triton_cross_entropy.py tests/losses/test_triton_sigmoid_focal_loss.py
-# Triton's interpreter takes a minute for these: lists of hundreds among thousands of items take it long.
-INTERPRETED := not whole_matrix and not thousands and not random_embeddings and not threads and not shards
+# Triton's interpreter takes long for lists of hundreds among thousands of items.
+INTERPRETED := not whole_matrix and not thousands and not threads
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist worksteal $(FULL)
 # A process takes whole files, which build what their tests share.
 LONGEST_FIRST := tests/release tests/kernels tests/losses tests torchfast

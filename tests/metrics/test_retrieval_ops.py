@@ -10,14 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_memory
 
+from torchfast import _triton
 from torchfast.info import report
 from torchfast.metrics.retrieval.ops import retrieval_corrections, retrieval_counts, retrieval_scores
 
-#: On the CPU tiles are 6 or 8 queries of 8, 16, 24 or 48 items, blocks 1024 items or fewer, and 256 listed scores are
-#: many. Triton's are 128 queries of 64 items: its interpreter runs what is fast enough of this file.
+#: Tiles are 6 or 8 queries of 8, 16, 24 or 48 items, blocks 1024 items or fewer, and 256 listed scores are many.
 QUERIES, ITEMS = (0, 1, 2, 5, 6, 7, 8, 9, 17), (0, 1, 7, 8, 9, 16, 17, 24, 25, 48, 49, 500, 1023, 1025, 2100)
 DIMENSIONS, LISTED = (0, 1, 2, 3, 17, 64), (0, 1, 3, 4, 5, 9, 70, 255, 256, 257, 600)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_tiles():
+    """Triton's interpreter takes as long for a large tile as for a small one. GPUs have those of the launcher."""
+    with pytest.MonkeyPatch.context() as patch:
+        if _triton.interpreted():
+            from torchfast.metrics.retrieval import triton_launch
+
+            patch.setattr(triton_launch, "PRODUCTS", (16, 256, 8))
+            patch.setattr(triton_launch, "NUMBERS", (8, 256, 8))
+        yield
 
 
 def integers(g, *shape, dtype=torch.float32):

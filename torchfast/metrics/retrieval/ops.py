@@ -16,7 +16,7 @@ item tie, and ``equal`` counts the listed item itself. Kernels for AVX2 and AVX-
 x86 processors and the reference round each product as well: they agree with each other, and with those for AVX where
 nothing is rounded. -0.0 equals 0.0. Ids out of range score NaN.
 
-On GPUs Triton's kernels add the products up in float32 by ``tl.dot``, in an order that is the hardware's and the same in
+On GPUs Triton's kernels add products up in float32 by ``tl.dot``, in an order that is the hardware's and the same in
 every tile (``triton_kernels.py`` says what that assumes); so there the bits depend on the dtype too, and on
 ``torch.set_float32_matmul_precision``, which allows TF32 for float32. float64 is the reference's.
 
