@@ -39,6 +39,8 @@ LOSSES := $(addprefix tests/losses/test_,ops.py with_gradient.py cross_entropy.p
 METRICS := $(addprefix tests/metrics/test_,metric_ops.py ranking.py retrieval_ops.py retrieval.py retrieval_forms.py \
 	classification.py regression.py)
 TRITON := tests/losses/test_triton_cross_entropy.py tests/losses/test_triton_sigmoid_focal_loss.py
+# Triton's interpreter takes long for lists of hundreds among thousands of items.
+INTERPRETED := not whole_matrix and not thousands and not threads
 PYTEST = $(BIN)/python -m pytest -q -n auto --dist worksteal $(FULL)
 # A process takes whole files, which build what their tests share.
 LONGEST_FIRST := tests/release tests/kernels tests/losses tests torchfast
@@ -58,6 +60,7 @@ test: setup lint types
 	$(BIN)/python tests/kernels/cuda_emulator -q -n auto --dist worksteal $(FULL) -k ranking \
 		tests/metrics/test_ranking.py tests/metrics/test_metric_ops.py
 	$(PYTEST) --kernel triton $(LOSSES) $(TRITON) tests/test_selftest.py
+	$(PYTEST) --kernel triton tests/metrics/test_retrieval_ops.py -k "$(INTERPRETED)"
 
 # All combinations of parameters instead of all pairs, and ten times as many random examples: some hours.
 test-full:

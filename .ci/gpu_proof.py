@@ -85,6 +85,7 @@ def info(proof: Proof, seconds: float) -> Outcome:
         if not (code := found["devices"].get("cuda code", "runs")).endswith("runs"):
             outcome.wrong.append(f"cuda code: {code}")
         expected = {"cross_entropy": "triton", "sigmoid_focal_loss": "triton", "ranking_metrics": "nvcc"}
+        expected |= {"retrieval_scores": "triton", "retrieval_counts": "triton"}
         for op, needed in expected.items():
             if needed in proof.have and found["kernels"][op]["cuda"] == "reference":
                 outcome.wrong.append(f"{op} runs on its reference")

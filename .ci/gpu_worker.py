@@ -150,10 +150,14 @@ def ranking_inputs(device: str, queries: int, documents: int) -> Tensors:
     return scores, torch.rand(queries, documents, device=device) < 0.2
 
 
+def embeddings(device: str, queries: int, items: int, dtype: torch.dtype) -> Tensors:
+    return tuple(torch.randn(n, 64, device=device).to(dtype) for n in (queries, items))
+
+
 def calls(device: str) -> dict[str, tuple[Callable[[], Tensors], Callable[..., Tensors]]]:
     """Returns by name what makes inputs, and what makes outputs of them. Shapes reach each way to share out work."""
     import torchfast
-    from torchfast.metrics import ranking_metrics
+    from torchfast.metrics import ranking_metrics, retrieval_ranks
 
     def differentiated(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensors]:
         def step(logits: Tensor, target: Tensor) -> Tensors:
@@ -165,6 +169,10 @@ def calls(device: str) -> dict[str, tuple[Callable[[], Tensors], Callable[..., T
 
     def ranked(scores: Tensor, target: Tensor) -> Tensors:
         return tuple(ranking_metrics(scores, target, ("ndcg@10", "mrr", "map"), reduction="none").values())
+
+    def retrieved(queries: Tensor, items: Tensor) -> Tensors:
+        numbers = torch.arange(len(queries) + 1, device=queries.device)
+        return retrieval_ranks(queries, items, (numbers[:-1], numbers))
 
     def smoothed_focal(x: Tensor, t: Tensor) -> Tensor:
         return torchfast.cross_entropy(x, t, label_smoothing=0.1, gamma=2.0)
@@ -191,6 +199,9 @@ def calls(device: str) -> dict[str, tuple[Callable[[], Tensors], Callable[..., T
     found["linear cross entropy"] = make, differentiated(linear)
     for shape in ((10, 50),) if small else ((5000, 100), (200, 5000), (3, 400_000)):
         found["ranking {}x{}".format(*shape)] = partial(ranking_inputs, device, *shape), ranked
+    for dtype in torch.float32, torch.bfloat16:
+        make = partial(embeddings, device, 20 if small else 500, 300 if small else 50_000, dtype)
+        found[f"retrieval {str(dtype).removeprefix('torch.')}"] = make, retrieved
     return found
 
 

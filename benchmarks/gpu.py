@@ -40,6 +40,7 @@ from torchfast._register import registry
 from torchfast.losses.cross_entropy import triton_launch
 from torchfast.losses.sigmoid_focal_loss import triton_launch as sigmoid_launch
 from torchfast.losses.triton_launch import forget_plans
+from torchfast.metrics.retrieval import triton_launch as retrieval_launch
 
 try:
     from rich.console import Console
@@ -260,7 +261,9 @@ class ToTheLaunchers(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op.name().partition("::")[2] if op.namespace == "torchfast" else ""
-        if name.startswith(("cross_entropy", "sigmoid")):  # the ranking metrics' kernels are CUDA's
+        if name in ("retrieval_scores", "retrieval_counts"):
+            op = getattr(retrieval_launch, name)
+        elif name.startswith(("cross_entropy", "sigmoid")):  # the ranking metrics' kernels are CUDA's
             of = registry["sigmoid_focal_loss" if name.startswith("sigmoid") else "cross_entropy"]
             launcher = getattr(sigmoid_launch if name.startswith("sigmoid") else triton_launch, name)
             op = as_object(launcher, of.options, of.tensors + (name != of.name))
@@ -355,7 +358,7 @@ def autotune(chosen: list[Case], args: argparse.Namespace, machine: Gpu, set_up:
     """Prints for each case and direction the launcher's tile and the fastest of the others."""
     console = Console(width=160, highlight=False)
     for case in chosen:
-        if case.family == "sigmoid" or case.bytes_read:  # elementwise: one tile for all; a metric: CUDA
+        if case.family == "sigmoid" or case.bytes_read:  # elementwise: one tile for all; a metric: one, or CUDA
             continue
         inputs = set_up(case, machine)
         truth = machine.truth(case, inputs[0])

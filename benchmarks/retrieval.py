@@ -13,7 +13,7 @@ from cases import NO_AIMS, Aims, Case, Inputs
 from ranking import RankingTruth
 from torch import Tensor
 
-from torchfast.metrics import retrieval_metrics
+from torchfast.metrics import retrieval_metrics, retrieval_ranks
 
 METRICS = ("ndcg@10", "recall@100", "mrr@100")
 RELEVANT, EXCLUDED, BEST, CHUNK = 10, 100, 100, 8192
@@ -100,3 +100,61 @@ def retrieval_cases() -> Iterator[Case]:
         yield retrieval_case(10_000, 1_000_000, d, Aims(eager=4, mm=1.25))
     for doubling in range(4):
         yield retrieval_case(512, 25_000 * 2**doubling, 64, family="scaling")
+
+
+# ---- GPUs: how the ranks are found, and nothing that waits for the device ----------------------
+
+
+def of_ranks(rank: Tensor) -> Tensor:
+    """The recall and the reciprocal rank, of ranks that may be cut off at BEST."""
+    found = torch.where(rank <= BEST, 1.0 / rank, 0.0)
+    return torch.stack([(found > 0).double().mean(), found.amax(1).double().mean()])
+
+
+def fast_ranks(items: Tensor, queries: Tensor, relevant: Tensor, _: Tensor) -> Tensor:
+    offsets = torch.arange(len(relevant) + 1, device=items.device) * RELEVANT
+    return of_ranks(1 + retrieval_ranks(queries, items, (relevant.reshape(-1), offsets)).larger.view(-1, RELEVANT))
+
+
+def top_k_ranks(items: Tensor, queries: Tensor, relevant: Tensor, _: Tensor) -> Tensor:
+    """The best of each chunk are kept beside those found so far."""
+    scores, found = queries.new_empty(len(queries), 0), relevant[:, :0]
+    for begin in range(0, len(items), CHUNK):
+        of_chunk = (queries @ items[begin : begin + CHUNK].T).topk(min(BEST, len(items) - begin), 1)
+        scores, found = torch.cat([scores, of_chunk.values], 1), torch.cat([found, of_chunk.indices + begin], 1)
+        kept = scores.topk(min(BEST, scores.shape[1]), 1)
+        scores, found = kept.values, found.gather(1, kept.indices)
+    hit = found[:, None] == relevant[:, :, None]
+    return of_ranks(torch.where(hit.any(2), 1 + hit.to(torch.uint8).argmax(2), BEST + 1))
+
+
+def truth_of_ranks(items: Tensor, queries: Tensor, *lists: Tensor) -> RankingTruth:
+    parts = zip(*(x.split(1024) for x in (queries, *lists)), strict=True)
+    sums = sum(top_k_ranks(items.double(), q.double(), *ids) * len(q) for q, *ids in parts)
+    return RankingTruth(sums / len(queries))
+
+
+def gpu_retrieval_cases() -> Iterator[Case]:
+    for (queries, items, d), dtype in (
+        ((2048, 100_000, 128), torch.float32),
+        ((2048, 100_000, 128), torch.bfloat16),
+        ((10_000, 1_000_000, 64), torch.bfloat16),
+    ):
+
+        def setup(device: str, of: tuple[int, int, int] = (queries, items, d), dtype: torch.dtype = dtype) -> Inputs:
+            x, q, *ids = retrieval_inputs(*of, device)
+            return x.to(dtype), q.to(dtype), *ids
+
+        yield Case(
+            "retrieval",
+            f"ranks, {RELEVANT} relevant",
+            (queries, items, d),
+            dtype,
+            setup,
+            {"torchfast": fast_ranks, "eager": top_k_ranks},
+            truth_of_ranks,
+            NO_AIMS,
+            floors={"mm": product},
+            features=queries,  # what copy_ copies are the items
+            bytes_read=(queries + items) * d * dtype.itemsize,
+        )

@@ -59,7 +59,7 @@ from classification import classification_cases
 from linear import linear_cases
 from overview import overview
 from ranking import gpu_ranking_cases, ranking_cases
-from retrieval import retrieval_cases
+from retrieval import gpu_retrieval_cases, retrieval_cases
 
 import torchfast
 from torchfast import _native, _triton
@@ -428,7 +428,7 @@ def main() -> None:
     args = parse()
     if args.kept_memory and not KEPT_MEMORY.items() <= os.environ.items():  # malloc reads them when it starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT_MEMORY)
-    of_device = (*gpu_cases(), *gpu_ranking_cases()) if args.device == "cuda" else cpu_cases()
+    of_device = (*gpu_cases(), *gpu_ranking_cases(), *gpu_retrieval_cases()) if args.device == "cuda" else cpu_cases()
     chosen = [c for c in of_device if re.search(args.only, c.label)]
     if args.quick:
         chosen = [c for c in chosen if c.elements <= QUICK_ELEMENTS[args.device] and not c.slow]

@@ -84,7 +84,7 @@ def pytest_sessionstart(session):
     """A run must not believe that it tests kernels other than those that it tests."""
     wanted = session.config.getoption("--kernel")
     of_losses = "reference" if wanted == "emulator" else wanted
-    of_metrics = {"triton": "reference", "emulator": {"native", "reference"}}.get(wanted, wanted)
+    of_metrics = {"triton": {"triton", "reference"}, "emulator": {"native", "reference"}}.get(wanted, wanted)
     for metrics, expected in (False, of_losses), (True, of_metrics):
         if wanted and served_by("cpu", metrics) != expected:
             what = "metrics" if metrics else "losses"

@@ -116,7 +116,7 @@ def serving(op: str, kernel: str, metrics_kernel: str | set[str]) -> str:
         return kernel
     if isinstance(metrics_kernel, str):
         return metrics_kernel
-    return "native" if op == "ranking_metrics" else "reference"  # on CUDA GPUs
+    return "native" if op == "ranking_metrics" and "native" in metrics_kernel else "reference"  # on CUDA GPUs
 
 
 # ---- Right kernels ---------------------------------------------------------------------------

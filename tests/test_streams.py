@@ -1,4 +1,4 @@
-"""Losses and ranking on side streams, in CUDA graphs that are replayed with new inputs, and on a second GPU.
+"""Losses, ranking and retrieval on side streams, in CUDA graphs that are replayed with new inputs, and on a second GPU.
 
 The checks are those of the GPU proof, .ci/gpu_worker.py. Without a GPU its rehearsal runs, whose streams and graphs are
 plain calls; that a graph which does not replay is noticed, test_gpu_proof.py shows on stubs.
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / ".ci"))
 
 import gpu_worker
 
-KINDS = ("cross entropy", "smoothed focal", "sigmoid focal", "linear cross entropy", "ranking")
+KINDS = ("cross entropy", "smoothed focal", "sigmoid focal", "linear cross entropy", "ranking", "retrieval")
 CHECKS = ("on a side stream", "on four streams at once", "in a CUDA graph")
 
 

@@ -17,7 +17,7 @@ import torch
 
 from torchfast._env import flag
 from torchfast._options import as_object
-from torchfast._register import Op
+from torchfast._register import Metric, Op
 
 
 def unavailable_reason() -> str | None:
@@ -32,19 +32,29 @@ def interpreted() -> bool:
     return flag("TRITON_INTERPRET") and flag("TORCHFAST_DISABLE_NATIVE")
 
 
-def register(module: str, op: Op) -> None:
-    """Registers the functions ``name``, ``name_backward`` and ``name_backward_`` of ``module`` as kernels for GPUs.
-    They take the op's options as one object, if it has options."""
+#: The ops that have Triton kernels here.
+served: set[str] = set()
+
+
+def register(module: str, op: Op | Metric) -> None:
+    """Registers functions of ``module`` as kernels for GPUs: ``name``, and of a loss ``name_backward`` and
+    ``name_backward_``. They take the op's options as one object, if it has options."""
     if unavailable_reason():
         return
     devices = ("cuda", "xpu", "cpu") if interpreted() else ("cuda", "xpu")
+    served.add(op.name)
 
     @functools.cache
     def kernel(name: str) -> Callable[..., Any]:
         launcher = getattr(importlib.import_module(module), name)
+        if isinstance(op, Metric):
+            return launcher  # type: ignore[no-any-return]
         return as_object(launcher, op.options, op.tensors + (name != op.name))
 
-    for name in (op.name, f"{op.name}_backward", *([f"{op.name}_backward_"] if op.inplace else [])):
+    names = [op.name]
+    if isinstance(op, Op):
+        names += [f"{op.name}_backward", *([f"{op.name}_backward_"] if op.inplace else [])]
+    for name in names:
 
         def launch(*args: Any, name: str = name) -> Any:
             return kernel(name)(*args)

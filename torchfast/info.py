@@ -28,13 +28,14 @@ def _guard(probe: Callable[[], Any]) -> Any:
 
 
 def _kernel(op: str, key: str) -> str:
-    """Names the kernel that the dispatcher holds for one op and backend: losses have Triton's for GPUs, metrics CUDA's.
+    """Names the kernel that the dispatcher holds for one op and backend: losses and the retrieval metrics have Triton's
+    for GPUs, other metrics CUDA's.
     An op that adds products of matrices around another op is served by that op's kernel."""
     if op in registry:
         op = registry[op].around or op
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"torchfast::{op}", key):
         return "reference"
-    return "native" if op in metrics or (key == "CPU" and not _triton.interpreted()) else "triton"
+    return "triton" if op in _triton.served and (key != "CPU" or _triton.interpreted()) else "native"
 
 
 def _build() -> Any:

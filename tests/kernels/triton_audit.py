@@ -34,6 +34,8 @@ from torchfast.losses.cross_entropy import triton_kernels, triton_launch
 from torchfast.losses.sigmoid_focal_loss import options as sigmoid_focal_loss
 from torchfast.losses.sigmoid_focal_loss import triton_kernels as sigmoid_kernels
 from torchfast.losses.sigmoid_focal_loss import triton_launch as sigmoid_launch
+from torchfast.metrics.retrieval import triton_kernels as retrieval_kernels
+from torchfast.metrics.retrieval import triton_launch as retrieval_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,7 +43,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (shared_kernels, triton_kernels, sigmoid_kernels)
+KERNELS = (shared_kernels, triton_kernels, sigmoid_kernels, retrieval_kernels)
 REGISTERS = {"cuda": 65536, "hip": 131072}  # 32-bit registers of a multiprocessor or compute unit
 THREADS = {80: 2048, 90: 2048, 100: 2048, "gfx942": 2048}
 
@@ -93,6 +95,9 @@ SIGMOID_OPTIONS = {
     "sigmoid everything, class ids": SigmoidOptions(torch.int64, True, 1.5, 3.5, 0.05, 0.1, True, NONE),
 }
 
+#: The shape is queries, items and dimensions; torch.set_float32_matmul_precision says if products may be in TF32.
+RETRIEVAL_OPTIONS = {"retrieval": "highest", "retrieval, TF32": "high"}
+
 
 class Config(NamedTuple):
     target: str
@@ -122,6 +127,8 @@ class Kernel:
     loads: dict[int, int]
     """Global load instructions by width in bits."""
     stores: dict[int, int]
+    products: dict[str, int]
+    """Instructions that multiply and add, by name: of matrices (HMMA, HGMMA, UTCHMMA, v_mfma) or of numbers."""
 
     @property
     def stage(self) -> str:
@@ -186,6 +193,8 @@ def call(config: Config) -> None:
     """Runs forward and backward of the config, on meta tensors."""
     if config.options in SIGMOID_OPTIONS:
         return call_sigmoid(config)
+    if config.options in RETRIEVAL_OPTIONS:
+        return call_retrieval(config)
     o, shape = OPTIONS[config.options], config.shape
     logits = torch.empty(shape, dtype=config.dtype, device="meta")
     if config.channels_last:
@@ -214,6 +223,20 @@ def call_sigmoid(config: Config) -> None:
     sigmoid_launch.sigmoid_focal_loss_backward(torch.empty_like(loss), *arguments, divisor)
 
 
+def call_retrieval(config: Config) -> None:
+    """Ten listed items a query."""
+    n, m, d = config.shape
+    queries, items = (torch.empty(rows, d, dtype=config.dtype, device="meta") for rows in (n, m))
+    ids, offsets = (torch.empty(length, dtype=torch.int64, device="meta") for length in (10 * n, n + 1))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(RETRIEVAL_OPTIONS[config.options])
+    try:
+        scores = retrieval_launch.retrieval_scores(queries, items, None, ids, offsets)
+        retrieval_launch.retrieval_counts(queries, items, None, scores, offsets)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def compiled(config: Config) -> list[Kernel]:
     found = []
     for jit, constants, grid, binary in record(config.target, lambda: call(config)):
@@ -238,7 +261,7 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
     assert usage, text[:500]
     local = re.findall(r"\b(?:LDL|STL)\b", text)
     widths = {kind: collections.Counter() for kind in ("LDG", "STG")}
-    for kind, suffixes in re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*) ", text):
+    for kind, suffixes in re.findall(r"\b(LDG|STG)(?:STS)?\.E((?:\.\w+)*) ", text):  # LDGSTS loads to shared memory
         widths[kind][_bits(suffixes)] += 1
     assert widths["LDG"], "no loads: is the disassembly read rightly?"
     return {
@@ -247,6 +270,7 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
         "loop": _longest_loop(text),
         "loads": dict(widths["LDG"]),
         "stores": dict(widths["STG"]),
+        "products": dict(collections.Counter(re.findall(r"\b((?:HMMA|HGMMA|UTC\w*MMA|FFMA2?)[.\w]*)", text))),
     }
 
 
@@ -280,6 +304,7 @@ def _amd(assembly: str) -> dict[str, Any]:
         "loop": 0,
         "loads": dict(widths["load"]),
         "stores": dict(widths["store"]),
+        "products": dict(collections.Counter(re.findall(r"\bv_(?:mfma|fma|pk_fma|fmac)_\w+", assembly))),
     }
 
 

@@ -68,7 +68,7 @@ def launches(dry_run: list[str]) -> dict[str, list[str]]:
 
 def test_both_devices_list_their_cases(gpu_cases):
     assert "tiny/CE/8x2/fp32" in lines("--list")
-    shapes = {label.split("/")[2] for label in gpu_cases if not label.startswith("ranking")}
+    shapes = {label.split("/")[2] for label in gpu_cases if not label.startswith(("ranking", "retrieval"))}
     assert shapes == {
         "4096x32000",
         "16384x128256",
@@ -124,6 +124,10 @@ def test_a_dry_run_knows_every_case_and_what_it_moves(gpu_cases, launches, csv):
     for label, (moves, *_) in launches.items():
         family, name, shape, dtype = label.split("/")
         elements = math.prod(map(int, shape.split("x")))
+        if family == "retrieval":  # embeddings are read once
+            queries, items, d = map(int, shape.split("x"))
+            assert moves.startswith(f"moves {(queries + items) * d * BYTES[dtype]:,} bytes, "), label
+            continue
         if family.startswith("ranking"):  # scores and targets are read once
             assert moves.startswith(f"moves {elements * (4 + (8 if 'graded' in name else 1)):,} bytes, "), label
             continue
@@ -141,6 +145,9 @@ def test_a_dry_run_shows_the_launches_of_forward_and_backward(launches):
             assert not found, label  # CUDA launches its kernels, not Triton
             continue
         names = [launch.partition(":")[0] for launch in found]
+        if label.startswith("retrieval"):
+            assert names == ["scores_kernel", "counts_kernel"], label
+            continue
         assert names[0] == "forward_kernel" and names[-1] == "backward_kernel" and "sum_kernel" in names, label
         assert all(re.search(r": grid [1-9]\d*, tile \d+ x \d+, \d+ warps", launch) for launch in found), label
     split = [launch for launch in launches["few rows/CE/8x128256/bf16"] if launch.startswith("forward_kernel")]

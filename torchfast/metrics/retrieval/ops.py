@@ -16,6 +16,10 @@ item tie, and ``equal`` counts the listed item itself. Kernels for AVX2 and AVX-
 x86 processors and the reference round each product as well: they agree with each other, and with those for AVX where
 nothing is rounded. -0.0 equals 0.0. Ids out of range score NaN.
 
+On GPUs Triton's kernels add products up in float32 by ``tl.dot``, in an order that is the hardware's and the same in
+every tile (``triton_kernels.py`` says what that assumes); so there the bits depend on the dtype too, and on
+``torch.set_float32_matmul_precision``, which allows TF32 for float32. float64 is the reference's.
+
 NaN never helps: an item whose score is NaN counts as larger than every number. A listed NaN counts all numbers as
 larger and all NaN as equal. So whoever lists a NaN as well finds in its ``equal`` how many scores are NaN, which tells
 if a query's ranks mean anything (``nan="propagate"``, ``"error"``); taken from ``larger``, they come last
@@ -29,10 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchfast import _triton
 from torchfast._register import register_metric
 from torchfast.metrics.retrieval import reference
 
-# ---- Registration: csrc/retrieval serves the CPU -----------------------------------------------
+# ---- Registration: csrc/retrieval serves the CPU, Triton GPUs ------------------------------------
 
 
 def _fake_scores(queries: Tensor, items: Tensor, item_bias: Tensor | None, ids: Tensor, *_: Any) -> tuple[Tensor]:
@@ -65,3 +70,5 @@ retrieval_corrections = register_metric(
     reference=reference.corrections,
     fake=_fake_corrections,
 )
+for _op in retrieval_scores, retrieval_counts:
+    _triton.register("torchfast.metrics.retrieval.triton_launch", _op)
