@@ -15,7 +15,7 @@ from torchfast.metrics.retrieval import reference
 from torchfast.metrics.retrieval.triton_kernels import counts_kernel, scores_kernel
 
 #: Queries, items and warps of a tile: on tensor cores; and of fp32 without them, which takes more registers.
-PRODUCTS, NUMBERS = (128, 64, 8), (64, 64, 8)
+PRODUCTS, NUMBERS = (128, 64, 8), (64, 64, 4)
 #: Programs of a processor: so many that the last ones keep few processors waiting.
 PROGRAMS = 8
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
