@@ -28,9 +28,7 @@ def install() -> None:
         return cast(self, src, dst_type)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        # NumPy's product multiplies the bits of bfloat16, and rounds elements of different tiles differently.
-        a, b = (self.cast_impl(x, d.dtype.scalar).data for x in (a, b))
-        total = d.data.copy()
+        a, b, total = a.data, b.data, d.data.copy()  # NumPy's product rounds elements of different tiles differently
         with np.errstate(invalid="ignore", over="ignore"):
             for k in range(a.shape[1]):
                 total += a[:, k, None] * b[None, k]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchfast import _triton
 from torchfast.losses.triton_launch import on_device, processors_of
 from torchfast.metrics.retrieval import reference
 from torchfast.metrics.retrieval.triton_kernels import counts_kernel, scores_kernel
@@ -23,7 +24,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 def constants_of(queries: Tensor, items: Tensor) -> dict[str, Any]:
     """What the bits of a score depend on besides its vectors."""
-    same = queries.dtype == items.dtype
+    same = queries.dtype == items.dtype and not _triton.interpreted()  # which multiplies the bits of bfloat16
     dtype = queries.dtype if same else torch.float32
     exact = torch.get_float32_matmul_precision() == "highest" or bool(torch.version.hip)
     tf32 = dtype == torch.float32 and not exact
