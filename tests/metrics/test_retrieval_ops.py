@@ -195,7 +195,7 @@ def test_the_order_of_items_does_not_matter_in_tf32(device):
     assert (expected[2] >= 1).all()
 
 
-@pytest.mark.parametrize("shards", [2, 3, 100])
+@pytest.mark.parametrize("shards", [2, 3, 8 if _triton.interpreted() else 100])
 def test_counts_of_shards_add_up(shards, catalogue, device):
     queries, items, bias, ids, offsets = catalogue
     scores, *expected = ranked(device, *catalogue)
